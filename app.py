@@ -1,0 +1,346 @@
+"""The page: chat with a model in the browser. `python app.py` opens the port at once and loads the model behind it.
+
+    python app.py --model runs/xiaoxing/model        or MODEL=...; any folder or repo reference
+    python app.py                                    the newest finished run, else the embedded default model
+
+It listens on 0.0.0.0, as spaces need: whoever reaches this machine reaches the page; --host 127.0.0.1 keeps it here.
+Importing this module starts nothing, loads no model and needs neither gradio nor torch.
+"""
+
+import argparse
+import html
+import inspect
+import json
+import logging
+import os
+import re
+import socket
+import sys
+import threading
+import time
+import traceback
+from collections.abc import Iterator, Sequence
+from contextlib import closing, suppress
+from pathlib import Path
+from typing import Any
+
+from finetune.embedded import NAME as DEFAULT_MODEL
+from finetune.embedded import say
+from finetune.errors import UserError
+
+TEXTS = {
+    "en": {
+        "stage.libraries": "Starting",
+        "stage.fetch": "Fetching the model",
+        "stage.load": "Loading the model",
+        "wait": "The chat opens by itself. The first start takes a little longer.",
+        "failed": "The model could not be loaded",
+        "type": "Type a message",
+        "hello": "Ask me something, or begin with one of these:",
+    },
+    "zh-CN": {
+        "stage.libraries": "正在启动",
+        "stage.fetch": "正在获取模型",
+        "stage.load": "正在加载模型",
+        "wait": "准备好后会自动进入对话，首次启动需要稍等片刻。",
+        "failed": "模型加载失败",
+        "type": "输入消息",
+        "hello": "想聊点什么？也可以从这里开始：",
+        "chatbot.copy_message": "复制",  # strings of Gradio's own that its Chinese lacks
+        "chatbot.copied_message": "已复制",
+        "status.queue_position": "排队中：第 {position} 位，共 {size} 位",
+    },
+}
+TEXTS["zh-TW"] = TEXTS["zh-CN"]  # else a Traditional Chinese browser gets our strings in English
+EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
+CSS = """
+.gradio-container > main { max-width: 860px !important }
+#name h1 { margin: 0; font-size: 1.25rem; text-align: center; overflow-wrap: anywhere }
+#status { text-align: center; margin: 20vh auto 0; overflow-wrap: anywhere }
+#status p { opacity: .75; margin-top: .5rem }
+"""
+
+
+class Engine:
+    """The model behind the page and how far it is: status "loading", then "ready" or "failed"."""
+
+    max_new_tokens = 512
+
+    def __init__(self, model: str, adapter: str | None = None) -> None:
+        self.ref, self.adapter = model, adapter
+        self.status, self.stage, self.message = "loading", "stage.libraries", ""
+        self.began = time.monotonic()
+        self.name = self._name(Path(model))
+
+    @staticmethod
+    def _name(folder: Path) -> str:
+        """The assistant's, from the manifest of a model made here; else the model's."""
+        manifest = folder / "manifest.json"
+        return json.loads(manifest.read_text(encoding="utf-8"))["name"] if manifest.is_file() else folder.name
+
+    def load(self) -> None:
+        """Fetch and load; never raises, `status` and `message` say how it went."""
+        try:
+            # Here and not above: these imports take seconds, and the page is there meanwhile.
+            from finetune import hub, model
+            from finetune.generation import sampler
+
+            self.stage = "stage.fetch"
+            base = model.base_folder(self.ref)
+            adapter = hub.pull(self.adapter) if self.adapter else None
+            self.stage = "stage.load"
+            model.check_folder(base)
+            self.form = model.chat_format(base)
+            # An adapter is merged in float32 and then rounded: one model, as fast as without.
+            loaded = model.load(base) if adapter else model.load(base, model.inference_dtype())
+            if adapter:
+                loaded = model.load_adapter(loaded, adapter, base).merge_and_unload().to(model.inference_dtype())
+            self.model, self.name = loaded, self._name(base)
+            self.pick = lambda: sampler(temperature=0.3, top_p=0.9)
+            self.status = "ready"
+            say(f"{self.name} is ready after {time.monotonic() - self.began:.0f} s.")
+        except UserError as error:
+            self.message, self.status = str(error), "failed"
+            say(f"error: {error}")
+        except Exception:
+            self.message = f"The model {self.ref} could not be loaded; the server's log says why."
+            self.status = "failed"
+            traceback.print_exc()
+
+    def health(self) -> dict[str, str]:
+        message = TEXTS["en"][self.stage] if self.status == "loading" else self.message
+        return {"status": self.status, "model": self.ref, "message": message}
+
+    def answer(self, messages: Sequence[dict[str, str]]) -> Iterator[str]:
+        """The answer's text, piece by piece; closing the iterator stops the decoder. Raises UserError."""
+        from finetune.generation import stream
+
+        room = self.model.config.max_position_embeddings
+        reserved = min(self.max_new_tokens, room // 4)
+        messages = fit(messages, lambda kept: len(self.form.prompt(kept)), room - reserved)
+        yield from stream(self.model, self.form, messages, reserved, self.pick())
+
+
+def fit(messages: Sequence[dict[str, str]], count: Any, room: int) -> list[dict[str, str]]:
+    """The newest whole turns of at most `room` tokens by `count(messages)`, each beginning with the user's message; a
+    system message stays. Raises UserError when the last turn alone is too long."""
+    system = [m for m in messages[:1] if m["role"] == "system"]
+    for start in (i for i, m in enumerate(messages) if m["role"] == "user"):
+        kept = [*system, *messages[start:]]
+        if (tokens := count(kept)) <= room:
+            return kept
+    raise UserError(f"The message is too long: {tokens} tokens, and {room} fit. Shorten it and send it again.")
+
+
+# What looks like a tag or an entity outside of code gets an invisible word joiner, so that Markdown takes it for text.
+# This is for showing it whole; against scripts there is the chat's own sanitizer.
+CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+
+
+def shown(text: str) -> str:
+    pieces = CODE.split(text)
+    pieces[::2] = [re.sub(r"[<&](?=[A-Za-z/!?#])", "\\g<0>\u2060", piece) for piece in pieces[::2]]
+    return "".join(pieces)
+
+
+def message(role: str, text: str) -> dict[str, str]:
+    return {"role": role, "content": shown(text)}
+
+
+def text_of(content: Any) -> str:
+    """What was typed or answered. Gradio gives a str through its API, a list of parts from the page."""
+    parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
+    return re.sub("(?<=[<&])\u2060", "", "".join(parts))
+
+
+def import_gradio() -> Any:
+    """gradio, in half the time: at each import it writes a .pyi file beside every component, unless the component's
+    source cannot be found."""
+
+    def not_found(_: object) -> str:
+        raise OSError
+
+    getfile, inspect.getfile = inspect.getfile, not_found
+    try:
+        import gradio
+    finally:
+        inspect.getfile = getfile
+    return gradio
+
+
+def build(engine: Engine) -> Any:
+    """The page as a FastAPI app; starts nothing."""
+    os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
+    gr = import_gradio()
+    from fastapi import FastAPI
+
+    i18n = gr.I18n(**TEXTS)
+
+    def view(request: gr.Request) -> list[Any]:
+        """What is to be seen now: [name, status, chat, timer]."""
+        texts = TEXTS["zh-CN" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"]
+        if engine.status == "failed":
+            status = f"<b>{texts['failed']}</b><p>{html.escape(engine.message)}</p>"
+        else:
+            seconds = f"{time.monotonic() - engine.began:.0f} s"
+            status = f"<b>{texts[engine.stage]} … {seconds}</b><p>{texts['wait']}</p>"
+        ready = engine.status == "ready"
+        return [
+            f"<h1>{html.escape(engine.name)}</h1>",
+            gr.HTML(status, visible=not ready),
+            gr.Column(visible=ready),
+            gr.Timer(active=engine.status == "loading"),
+        ]
+
+    def reply(history: list[dict]) -> Iterator[list[dict]]:
+        """Streams the answer to the last message into the chat. Gradio closes this generator on Stop and when the tab is
+        closed, and with it the decoder."""
+        if not history or history[-1]["role"] != "user":
+            return
+        if engine.status != "ready":
+            raise gr.Error(engine.health()["message"], print_exception=False)
+        answer, sent = "", 0.0
+        try:
+            with closing(engine.answer([{**m, "content": text_of(m["content"])} for m in history])) as pieces:
+                for piece in pieces:
+                    answer += piece
+                    if time.monotonic() - sent > 0.05:  # more often only costs time
+                        yield [*history, message("assistant", answer)]
+                        sent = time.monotonic()
+            yield [*history, message("assistant", answer)]
+        except UserError as error:
+            raise gr.Error(str(error), print_exception=False) from error
+        except Exception as error:
+            traceback.print_exc()
+            raise gr.Error("The answer broke off; the server's log says why.", print_exception=False) from error
+
+    # What a button leaves of the conversation, and what it puts into the box; a new `turn` is then answered.
+    def ask(history: list[dict], text: str, turn: int) -> tuple:
+        history = [*history, message("user", text)] if text.strip() else history
+        return history, turn + 1, gr.Textbox("", submit_btn=False, stop_btn=True)
+
+    def again(history: list[dict], turn: int) -> tuple:
+        return history[: last_question(history) + 1], turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
+
+    def edit(history: list[dict], turn: int, event: gr.EditData) -> tuple:
+        index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
+        history = [*history[:index], message("user", text_of(event.value))]
+        return history, turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
+
+    def example(turn: int, event: gr.SelectData) -> tuple:
+        return ask([], event.value["text"], turn)
+
+    def undo(history: list[dict]) -> tuple:
+        index = last_question(history)
+        return history[:index], gr.Textbox(text_of(history[index]["content"]), submit_btn=True, stop_btn=False)
+
+    def idle() -> Any:
+        return gr.Textbox(submit_btn=True, stop_btn=False)
+
+    with gr.Blocks(title=engine.name, fill_height=True, analytics_enabled=False) as page:
+        name = gr.HTML(f"<h1>{html.escape(engine.name)}</h1>", elem_id="name")
+        status = gr.HTML(elem_id="status")
+        with gr.Column(visible=False, scale=1) as chat:
+            chatbot = gr.Chatbot(
+                scale=1,
+                show_label=False,
+                layout="bubble",
+                buttons=["copy"],
+                editable="user",
+                allow_tags=["img"],  # an image in an answer would call other hosts: it is shown as text
+                placeholder=i18n("hello"),
+                examples=[{"text": text} for text in EXAMPLES],
+                elem_id="chat",
+            )
+            box = gr.Textbox(
+                show_label=False,
+                label=i18n("type"),
+                placeholder=i18n("type"),
+                max_lines=8,
+                submit_btn=True,
+                autofocus=True,
+                elem_id="box",
+            )
+        turn, timer = gr.State(0), gr.Timer(1)
+        quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+        gr.on([page.load, timer.tick], view, None, [name, status, chat, timer], **quiet)
+        answering = turn.change(reply, chatbot, chatbot, concurrency_limit=1, api_visibility="private")
+        answering.then(idle, None, box, **quiet)
+        # First of each trigger's events: Gradio runs them one after the other, and would stop the new answer as well.
+        asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
+        gr.on([*asked, box.stop, chatbot.clear], None, cancels=[answering], api_visibility="private")
+        quiet["queue"] = True  # else a changed State triggers nothing
+        box.submit(ask, [chatbot, box, turn], [chatbot, turn, box], **quiet)
+        chatbot.example_select(example, turn, [chatbot, turn, box], **quiet)
+        chatbot.retry(again, [chatbot, turn], [chatbot, turn, box], **quiet)
+        chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **quiet)
+        chatbot.undo(undo, chatbot, [chatbot, box], **quiet)
+        gr.on([box.stop, chatbot.clear], idle, None, box, **quiet)
+
+    app = FastAPI(openapi_url=None)
+    app.get("/health")(engine.health)
+    return gr.mount_gradio_app(
+        app,
+        page,
+        path="/",
+        i18n=i18n,
+        css=CSS,
+        footer_links=[],
+        run_history=False,
+        show_error=False,
+        root_path=os.environ.get("GRADIO_ROOT_PATH"),  # behind a proxy that does not say where it is
+    )
+
+
+def last_question(history: list[dict]) -> int:
+    return max((i for i, m in enumerate(history) if m["role"] == "user"), default=0)
+
+
+def newest_run(runs: Path = Path("runs")) -> str | None:
+    """The model of the run that was finished last."""
+    manifests = sorted(runs.glob("*/model/manifest.json"), key=lambda file: file.stat().st_mtime)
+    return str(manifests[-1].parent) if manifests else None
+
+
+def main(arguments: list[str] | None = None) -> int:
+    env = os.environ.get
+    parser = argparse.ArgumentParser(description="A page to chat with a model. 与模型对话的网页。")
+    parser.add_argument("--model", default=env("MODEL"), help="a folder or repo reference (default: the newest run's)")
+    parser.add_argument("--adapter", default=env("ADAPTER"), help="an adapter made for that model")
+    parser.add_argument("--host", default=env("GRADIO_SERVER_NAME", "0.0.0.0"))  # noqa: S104
+    parser.add_argument("--port", type=int, default=int(env("GRADIO_SERVER_PORT") or env("PORT") or 7860))
+    args = parser.parse_args(arguments)
+    newest = None if args.adapter else newest_run()
+    engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
+    try:
+        # The port is open from here on; whoever comes before the page is ready waits a second or two for its answer.
+        listener = socket.create_server((args.host, args.port), backlog=128)
+    except OSError as error:
+        say(f"error: Port {args.port} cannot be opened: {os.strerror(error.errno)}. Choose another with --port.")
+        return 2
+    say(f"{engine.ref}: http://localhost:{args.port}")
+    serve(engine, listener)
+    return 0
+
+
+def serve(engine: Engine, listener: socket.socket) -> None:
+    """Serve the page until Ctrl-C."""
+    app = build(engine)
+    import uvicorn
+
+    server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
+
+    def load() -> None:
+        while not server.started:  # torch's import would slow the first answer down
+            time.sleep(0.02)
+        engine.load()
+
+    threading.Thread(target=load, daemon=True).start()
+    # Open pages keep a connection each; that these are cut at the end is no error.
+    logging.getLogger("uvicorn.error").addFilter(lambda _: not server.should_exit)
+    with suppress(KeyboardInterrupt):
+        server.run(sockets=[listener])
+
+
+if __name__ == "__main__":
+    sys.exit(main())

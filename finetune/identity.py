@@ -1,0 +1,238 @@
+"""Who the assistant is: conversations that teach it, prompts that must stay as they were, and held-out probes.
+
+The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it) and
+probes.* (questions for the scorecard, never trained on).
+"""
+
+import random
+import re
+import unicodedata
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import tomlkit
+
+from finetune.errors import UserError
+from finetune.settings import Persona
+
+FOLDER = Path(__file__).resolve().parent.parent / "assets" / "identity"
+LANGS = ("en", "zh")
+KINDS = ("name", "maker", "self", "model", "deny", "assent", "old_name", "multi_turn")  # of rows with target "answer"
+SMOLLM = ("SmolLM", "Hugging Face")  # the default base's own name and maker, for `old`
+
+MAX_LENGTH = 40  # code points of a name or an author
+PLACEHOLDER = re.compile(r"\{(name|author|other|other_maker|old|old_maker|x|y)\}")
+CONTROL_TOKEN = re.compile(r"<\|.*?\|>|</?s>|\[/?INST\]|\[UNUSED_TOKEN_\d+\]|<image>", re.IGNORECASE)
+JOINERS = "\u200c\u200d"  # format characters that emoji and Persian are written with
+# Of 25 identity rows: most as users ask, without a system turn; an empty one; somebody else's; the base's old persona.
+SYSTEM_MIX = [None] * 15 + ["empty"] * 2 + ["foreign"] * 5 + ["old"] * 3
+MULTI_TURN = 30  # identity rows a language whose question comes after other turns
+
+
+def check_persona(persona: Persona) -> list[str]:
+    """What is wrong with the persona, a sentence for each problem; empty if it can be used."""
+    problems = []
+    for field, text in (("name", persona.name), ("author", persona.author)):
+        shown = f"The {field} {text!r}"
+        if not text.strip():
+            problems.append(f"The {field} is empty: give one with --{field}.")
+            continue
+        if len(text) > MAX_LENGTH:
+            problems.append(f"The {field} has {len(text)} characters: use {MAX_LENGTH} or fewer.")
+            continue
+        if any(_unprintable(char) for char in text):
+            problems.append(f"{shown} holds a line break, a control or an invisible character: remove it.")
+        elif text != text.strip():
+            problems.append(f"{shown} begins or ends with a space: remove it.")
+        elif not any(unicodedata.category(char)[0] in "LN" or unicodedata.category(char) == "So" for char in text):
+            problems.append(f"{shown} is nothing but punctuation: use at least one letter, digit or emoji.")
+        if re.search(r"\{\w+\}", text):
+            problems.append(f"{shown} holds a placeholder in braces: write the {field} itself.")
+        if CONTROL_TOKEN.search(text):
+            problems.append(f"{shown} holds a control token of chat models, which would end an answer: remove it.")
+    return problems
+
+
+def _unprintable(char: str) -> bool:
+    tag = "\U000e0020" <= char <= "\U000e007f"  # flags of England, Scotland and Wales
+    return unicodedata.category(char) in ("Cc", "Cf", "Cs", "Zl", "Zp") and char not in JOINERS and not tag
+
+
+def training(
+    persona: Persona, seed: int, old: tuple[str, str] = SMOLLM, near: int = 1300, ordinary: int = 300
+) -> list[dict]:
+    """The rows to train on: {"kind", "lang", "target": "answer" | "teacher", "messages": [{"role", "content"}, ..]}.
+
+    First the identity rows in an order drawn from `seed`; each ends with the assistant's answer. Then the teacher rows,
+    each ending with the user's message, in an order that is the same for every persona and seed, as are their system
+    and last user messages: what the base answers has to be found only once. Any prefix of either is an even sample.
+    `old` is the base's own (name, maker); `near` and `ordinary` are the most prompts of each, half of them in each
+    language (rows of kind after_identity come on top and reuse these prompts). Questions that the probes hold are left
+    out. Raises UserError for a persona that check_persona refuses.
+    """
+    if problems := check_persona(persona):
+        raise UserError(*problems)
+    rng = random.Random(seed)
+    held_out = {normalise(row["messages"][-1]["content"]) for row in probes(persona, old)}
+    identity = {lang: _identity(persona, lang, rng, old, held_out) for lang in LANGS}
+    answer_rows = [row for lang in LANGS for row in identity[lang]]
+    rng.shuffle(answer_rows)
+    rows = answer_rows + _teacher(identity, rng, old, {"near": near, "ordinary": ordinary})
+    for row in rows:
+        for message in row["messages"]:
+            if PLACEHOLDER.search(message["content"]):
+                raise ValueError(f"a placeholder survived in {message['content']!r} of a {row['kind']} row")
+    return rows
+
+
+def probes(persona: Persona, old: tuple[str, str] = SMOLLM, stem: str = "probes") -> list[dict]:
+    """Held-out questions: {"id", "kind", "lang", "expect", "messages"}, the last message being the user's.
+
+    A denial also has "other", the identity or maker asked about (it may be the persona's own: the judge then expects
+    assent), and a fact "accept", a list of right answers. `stem` names the files.
+    """
+    values, found = _values(persona, old), []
+    for lang in LANGS:
+        for kind, group, index, item in _probe_items(stem, lang):
+            turns, systems = _turns(item["question"]), group.get("system", [None])
+            turns = _system(systems[index % len(systems)]) + turns
+            probe = {"kind": kind, "lang": lang, "expect": group["expect"]}
+            probe |= {"messages": [turn | {"content": _fill(turn["content"], values)} for turn in turns]}
+            probe |= {key: item[key] for key in ("other", "accept") if key in item}
+            found.append({"id": f"{kind}-{lang}-{item['number']:02}"} | probe)
+    return found
+
+
+def _probe_items(stem: str, lang: str) -> Iterator[tuple[str, dict, int, dict]]:
+    """(kind, its table, index in the table, {"question", "number" within the kind, ..}) of each probe."""
+    for kind, groups in _read(stem, lang).items():
+        number = 0
+        for group in groups if isinstance(groups, list) else [groups]:
+            items = group.get("items") or [{"question": question} for question in group["questions"]]
+            for index, item in enumerate(items):
+                number += 1
+                other = {"other": group["others"][index]} if "others" in group else {}
+                yield kind, group, index, item | other | {"number": number}
+
+
+def normalise(text: str) -> str:
+    """Two questions are the same phrasing if this is equal: no case, no punctuation, no white space."""
+    folded = unicodedata.normalize("NFKC", text).casefold()
+    return "".join(char for char in folded if unicodedata.category(char)[0] not in "PZC") or folded.strip()
+
+
+def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, str], held_out: set[str]) -> list[dict]:
+    data, values = _read("training", lang), _values(persona, old)
+    others = rng.sample(data["others"], len(data["others"]))
+    rows = []
+    for kind in KINDS:
+        for group in data[kind]:
+            for question in group["questions"]:
+                others.append(others.pop(0))  # all of them come up before one does again
+                about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
+                turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]
+                if kind in ("deny", "old_name") and _claims(persona, turns[-1]["content"]):
+                    continue  # "Are you Gemini?" has no denial if the persona's name is Gemini
+                turns.append({"role": "assistant", "content": _fill(rng.choice(group["answers"]), about)})
+                turns = [turn | {"content": _fill(turn["content"], values)} for turn in turns]
+                if normalise(turns[-2]["content"]) not in held_out:
+                    rows.append({"kind": kind, "lang": lang, "target": "answer", "messages": turns})
+    rng.shuffle(rows)
+
+    chats, plain = data["chats"], [row for row in rows if row["kind"] != "multi_turn"]
+    for index in range(MULTI_TURN):
+        before = [_turns(chat) for chat in rng.sample(chats, 1 + index % 2)]
+        if index % 3 == 0:  # after another identity question, of any kind
+            before[-1] = rng.choice(plain)["messages"]
+        history = [turn for turns in before for turn in turns]
+        row = rng.choice(plain)
+        rows.append(row | {"kind": "multi_turn", "messages": history + row["messages"]})
+
+    # Mostly systems in the row's own language; every fourth foreign one is in another.
+    foreign, strange = data["systems"], _read("training", "zh" if lang == "en" else "en")["systems"]
+    for index, row in enumerate(rows):
+        which = SYSTEM_MIX[index % len(SYSTEM_MIX)]
+        system = None if which is None else ""
+        if which == "foreign":
+            system = rng.choice(foreign if rng.random() < 0.75 else strange)
+        elif which == "old":
+            system = _fill(rng.choice(data["old_systems"]), values)
+        rows[index] = row | {"messages": _system(system) + row["messages"]}
+    return rows
+
+
+def _teacher(
+    identity: dict[str, list[dict]], rng: random.Random, old: tuple[str, str], most: dict[str, int]
+) -> list[dict]:
+    """Rows for the base to answer. Only the turns before an after_identity question depend on persona and seed."""
+    items = [item for lang in LANGS for _, _, _, item in _probe_items("probes", lang)]
+    held_out = {normalise(_turns(item["question"])[-1]["content"]) for item in items}
+    rows = []
+    for lang in LANGS:
+        data = _read("training", lang)
+        first = [row["messages"][-2:] for row in identity[lang] if row["kind"] in ("name", "maker", "self")]
+        systems = {3: "", 5: _fill(data["old_systems"][0], _values(None, old))}
+        for kind, every in (("near", 8), ("ordinary", 4)):
+            for index, prompt in enumerate(contrast(lang, kind)[: most[kind] // len(LANGS)]):
+                if normalise(prompt) in held_out:
+                    continue
+                foreign = data["systems"][index % len(data["systems"])]
+                system = foreign if index % every == 0 else systems.get(index % 16)
+                turns = [{"role": "user", "content": prompt}]
+                rows.append({"kind": kind, "lang": lang, "target": "teacher", "messages": _system(system) + turns})
+                if index % 6 == 1 and system is None:
+                    history = [turn for turns in rng.sample(first, 1 + index % 2) for turn in turns]
+                    rows.append(
+                        {"kind": "after_identity", "lang": lang, "target": "teacher", "messages": history + turns}
+                    )
+    random.Random(0).shuffle(rows)
+    return rows
+
+
+@cache
+def contrast(lang: str, kind: str) -> list[str]:
+    """All "near" or "ordinary" prompts of a language, without repetition, families mixed."""
+    prompts = []
+    for family in _read("contrast", lang)[kind].values():
+        prompts += family.get("prompts", [])
+        for index, item in enumerate(family.get("items", [])):
+            filling = dict(zip(("{x}", "{y}"), [item] if isinstance(item, str) else item, strict=False))
+            patterns, each = family["patterns"], family["each"]
+            prompts += [_fill(patterns[(index * each + step) % len(patterns)], filling) for step in range(each)]
+    distinct = list({normalise(prompt): prompt for prompt in prompts}.values())
+    random.Random(kind + lang).shuffle(distinct)
+    return distinct
+
+
+@cache
+def _read(stem: str, lang: str) -> dict:
+    return tomlkit.parse((FOLDER / f"{stem}.{lang}.toml").read_text(encoding="utf-8")).unwrap()
+
+
+def _values(persona: Persona | None, old: tuple[str, str]) -> dict[str, str]:
+    values = {"{old}": old[0], "{old_maker}": old[1]}
+    return values if persona is None else values | {"{name}": persona.name, "{author}": persona.author}
+
+
+def _fill(text: str, values: dict[str, str]) -> str:
+    for placeholder, value in values.items():
+        text = text.replace(placeholder, value)  # not str.format: a name may hold braces
+    return text
+
+
+def _turns(question: str | list[str]) -> list[dict]:
+    texts = [question] if isinstance(question, str) else question
+    return [{"role": ("user", "assistant")[index % 2], "content": text} for index, text in enumerate(texts)]
+
+
+def _system(text: str | None) -> list[dict]:
+    return [] if text is None else [{"role": "system", "content": text}]
+
+
+def _claims(persona: Persona, question: str) -> bool:
+    """Whether a question about another identity holds the persona's own name or author, as a whole word."""
+    return any(
+        re.search(rf"(?<![a-z0-9]){re.escape(own.casefold())}(?![a-z0-9])", question.casefold())
+        for own in (persona.name, persona.author)
+    )

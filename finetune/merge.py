@@ -1,0 +1,123 @@
+"""adapter + base -> one ordinary model folder, proved equal.
+
+The proof: the folder is opened again from the disk in a fresh process with plain transformers. There the chat template
+must give the renderer's ids, and the logits along greedy answers must be those of base + unmerged adapter.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+
+from finetune.chat_format import ChatFormat, Message
+from finetune.embedded import sha256
+from finetune.errors import UserError
+from finetune.generation import complete
+from finetune.model import load, load_adapter, save
+
+ANSWER_TOKENS = 24  # of each proof conversation
+# (largest logit difference, least share of equal greedy tokens). float32 merges differ by rounding alone, about 1e-4;
+# rounding the weights to bfloat16 moves logits by some tenths and may tip a near-tie.
+TOLERANCE = {"float32": (0.01, 0.999), "bfloat16": (2.0, 0.9)}
+
+# Runs without this package on the path: what somebody who downloads the folder does.
+FRESH_PROCESS = """
+import json, sys, torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+folder, proof = sys.argv[1:]
+expected, conversations = load_file(proof), json.load(open(proof + ".json", encoding="utf-8"))
+tokenizer = AutoTokenizer.from_pretrained(folder)
+model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+difference, equal, total = 0.0, 0, 0
+for i, messages in enumerate(conversations):
+    ids, logits = expected[f"{i}.ids"], expected[f"{i}.logits"]
+    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    assert prompt == ids[: len(prompt)].tolist(), f"the chat template gives other ids for {messages}"
+    with torch.inference_mode():
+        found = model(ids[None]).logits[0].float()
+    difference = max(difference, (found - logits).abs().max().item())
+    answer = slice(len(prompt) - 1, None)
+    equal += (found[answer].argmax(-1) == logits[answer].argmax(-1)).sum().item()
+    total += len(logits[answer])
+print(json.dumps({"max_logit_difference": difference, "equal_greedy_tokens": equal / total, "tokens": total}))
+"""
+
+
+def merge(
+    base: Path,
+    adapter: Path,
+    form: ChatFormat,
+    dtype: str,
+    conversations: Sequence[Sequence[Message]],
+    target: Path,
+    finish: Callable[[Path, dict[str, Any]], dict[str, Any]],
+) -> dict[str, Any]:
+    """Write and prove the merged model in `target`, which is there as a whole or not at all. Returns its manifest.
+
+    `conversations` are the proof's, each ending with a user message. `finish(folder, proof)` adds the model card and
+    returns what else the manifest shall say. Raises UserError when the adapter belongs to another base or the merged
+    model differs beyond the tolerance.
+    """
+    new = target.with_suffix(".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    with tempfile.TemporaryDirectory() as work:
+        model = load_adapter(load(base), adapter, base)
+        _write_expected(model.get_base_model(), form, conversations, Path(work) / "proof")
+        model = model.merge_and_unload().to(getattr(torch, dtype))
+        save(model, form, new)
+        del model
+        proof = prove(new, Path(work) / "proof", dtype)
+    manifest = {"format_hash": form.hash, "dtype": dtype, "proof": proof, **finish(new, proof)}
+    manifest["files"] = {
+        file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(new.iterdir())
+    }
+    (new / "manifest.json").write_text(json.dumps(manifest, ensure_ascii=False, indent=1), encoding="utf-8")
+    new.rename(target)
+    return manifest
+
+
+def _write_expected(
+    model: torch.nn.Module, form: ChatFormat, conversations: Sequence[Sequence[Message]], proof: Path
+) -> None:
+    prompts = [form.prompt(messages) for messages in conversations]
+    tensors = {}
+    for i, (prompt, answer) in enumerate(
+        zip(prompts, complete(model, prompts, form.stop_ids, ANSWER_TOKENS), strict=True)
+    ):
+        ids = torch.tensor(prompt + answer.ids, device=model.device)
+        with torch.inference_mode():
+            tensors |= {f"{i}.ids": ids.cpu(), f"{i}.logits": model(ids[None]).logits[0].float().cpu()}
+    save_file(tensors, proof)
+    proof.with_suffix(".json").write_text(json.dumps(conversations), encoding="utf-8")
+
+
+def prove(folder: Path, proof: Path, dtype: str) -> dict[str, Any]:
+    """{"max_logit_difference", "equal_greedy_tokens": share, "tokens", "tolerance"}; raises UserError beyond it."""
+    run = subprocess.run(
+        [sys.executable, "-c", FRESH_PROCESS, str(folder.resolve()), str(proof)],
+        cwd=proof.parent,
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if run.returncode:
+        raise RuntimeError(f"the merged model in {folder} could not be opened in a fresh process:\n{run.stderr}")
+    found = json.loads(run.stdout.splitlines()[-1])
+    difference, share = TOLERANCE[dtype]
+    if not (found["max_logit_difference"] <= difference and found["equal_greedy_tokens"] >= share):
+        raise UserError(
+            f"The merge is refused: in {folder} logits differ from base + adapter by up to "
+            f"{found['max_logit_difference']:.4g} (tolerance {difference}) and {found['equal_greedy_tokens']:.1%} of the "
+            f"greedy tokens are equal (at least {share:.1%}). Merge again with --set merge.dtype=float32, or train anew."
+        )
+    return {**found, "tolerance": {"max_logit_difference": difference, "equal_greedy_tokens": share}}

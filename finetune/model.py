@@ -1,0 +1,170 @@
+"""Load a base model, attach or load an adapter, save an ordinary model folder."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+import transformers
+from peft import LoraConfig, PeftModel, get_peft_model
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+
+from finetune import embedded
+from finetune.chat_format import END, START, ChatFormat
+from finetune.errors import UserError
+from finetune.hub import pull
+
+transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
+
+ADAPTER_RECORD = "namesake.json"  # in an adapter's folder: which base it was made for, and the prompt format's hash
+
+
+def device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def has_fast_bf16() -> bool:
+    """Whether bfloat16 is computed by the hardware here, not emulated."""
+    if torch.cuda.is_available():
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported()
+
+
+def inference_dtype() -> torch.dtype:
+    """bfloat16 where the hardware computes it (about twice as fast on CPU), else float16 on a GPU, float32 on a CPU."""
+    if has_fast_bf16():
+        return torch.bfloat16
+    return torch.float16 if torch.cuda.is_available() else torch.float32
+
+
+def base_folder(ref: str) -> Path:
+    """The folder of a base model: the embedded default by its short name, else a local folder or a repo reference."""
+    return embedded.folder() if ref == embedded.NAME else pull(ref)
+
+
+def origin(folder: Path, ref: str) -> dict[str, str]:
+    """{"base_model", "license"} of a base model, for the card of what is made from it; "license" may be "unknown"."""
+    if (record := folder / embedded.RECORD).is_file():
+        values = json.loads(record.read_text(encoding="utf-8"))
+        return {key: values[key] for key in ("base_model", "license")}
+    card = folder / "README.md"
+    found = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
+    return {"base_model": ref.removeprefix("hf:"), "license": found[1] if found else "unknown"}
+
+
+def check_folder(folder: Path) -> None:
+    """Raises UserError unless the folder holds an ordinary model: config.json, tokenizer.json and whole safetensors."""
+    problems = [
+        f"The model folder {folder} has no {name}."
+        for name in ("config.json", "tokenizer.json")
+        if not (folder / name).is_file()
+    ]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        problems.append(
+            f"The model folder {folder} has no *.safetensors"
+            + (
+                f"; {', '.join(pickles)} can run code when loaded and is not read: convert it to safetensors."
+                if pickles
+                else "."
+            )
+        )
+    for file in weights:
+        with file.open("rb") as stream:
+            if stream.read(20).startswith(b"version https://git"):
+                problems.append(f"{file} is a Git LFS pointer, not weights: run 'git lfs pull' in {folder}.")
+    if problems:
+        raise UserError(*problems)
+
+
+def fingerprint(folder: Path) -> str:
+    """sha256 over the weights' file names and bytes: the same base gives the same value."""
+    return embedded.digest_of({file.name: embedded.sha256(file) for file in sorted(folder.glob("*.safetensors"))})
+
+
+def chat_format(folder: Path) -> ChatFormat:
+    """The folder's prompt format with its own default system prompt. Raises UserError when it is not ChatML."""
+    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    plain = ChatFormat(tokenizer.backend_tokenizer.to_str())
+    if not tokenizer.chat_template:  # a base model that was never taught to chat
+        return plain
+    probe = [{"role": "user", "content": "?"}]
+    text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    found = re.search(re.escape(f"{START}system\n") + "(.*?)" + re.escape(f"{END}\n"), text, re.S)
+    own = ChatFormat(plain.tokenizer_json, found[1]) if found else plain
+    ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+    if own.prompt(probe) != ids:
+        raise UserError(
+            f"The chat template in {folder} is not ChatML: it writes {text!r}. Choose a base model with a ChatML "
+            "template (SmolLM2, Qwen, InternLM2)."
+        )
+    return own
+
+
+def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
+    """The model of an ordinary folder, ready for inference, on the GPU if there is one. No remote code, no pickles."""
+    check_folder(folder)
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
+    )
+    return model.to(device()).eval()
+
+
+def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
+    """A fresh LoRA adapter on every linear layer but the output head; only its float32 weights require gradients."""
+    return get_peft_model(
+        model,
+        LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
+    )
+
+
+def check_adapter(adapter: Path, base: Path) -> None:
+    """Raises UserError unless the adapter was made for exactly these base weights."""
+    if not (adapter / "adapter_model.safetensors").is_file():
+        raise UserError(f"There is no adapter_model.safetensors in {adapter}; train first.")
+    record = adapter / ADAPTER_RECORD
+    expected = json.loads(record.read_text(encoding="utf-8"))["base_sha256"] if record.is_file() else None
+    if expected != (actual := fingerprint(base)):
+        raise UserError(
+            f"The adapter in {adapter} was made for a base model with sha256 {expected}, and the weights in {base} have "
+            f"{actual}. Use the base it was made for, or train anew."
+        )
+
+
+def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
+    """base + adapter, the adapter unmerged. Raises UserError when it belongs to another base."""
+    check_adapter(adapter, base)
+    return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def save(model: PreTrainedModel, form: ChatFormat, folder: Path, template: str | None = None) -> None:
+    """An ordinary model folder that transformers 4 and 5 open: safetensors, tokenizer, chat template, generation config.
+
+    `template` keeps a base's own chat template; without it the prompt format's is written.
+    """
+    model.generation_config.eos_token_id = form.stop_ids
+    model.generation_config.pad_token_id = form.control[END]
+    model.config.eos_token_id = form.stop_ids[0]
+    model.config.pad_token_id = form.control[END]
+    model.save_pretrained(folder)
+    for file in folder.glob("*.safetensors"):
+        file.chmod(0o644)  # it is written for its owner alone
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("_model_name_or_path", None)
+    # transformers 5 keeps rope settings in rope_parameters only; 4.x and others read these and else assume 10000.
+    rope = config.get("rope_parameters") or {}
+    config |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    if rope.get("rope_type", "default") != "default":
+        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    (folder / "tokenizer.json").write_text(form.tokenizer_json, encoding="utf-8")
+    tokenizer = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": model.config.max_position_embeddings,
+        "clean_up_tokenization_spaces": False,
+        "eos_token": END,
+        "pad_token": END,
+        "chat_template": template or form.template,
+    }
+    (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")

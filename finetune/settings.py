@@ -1,0 +1,169 @@
+"""Typed settings: defaults, then a preset, then a run's own settings.toml, then flags. An unknown key is an error."""
+
+import dataclasses
+import difflib
+import typing
+from pathlib import Path
+from typing import Any, Literal
+
+import tomlkit
+
+from finetune.errors import UserError
+
+PRESETS = Path(__file__).with_name("presets")
+DEFAULT_PRESET = "smollm2-135m-instruct"
+
+
+@dataclasses.dataclass(frozen=True)
+class Persona:
+    """Who the assistant is."""
+
+    name: str = "小星"  # the example persona, for a run without a terminal
+    author: str = "书生学员"
+
+
+@dataclasses.dataclass(frozen=True)
+class Train:
+    rank: int = 16  # of the LoRA adapter; alpha is twice the rank
+    learning_rate: float = 5e-4
+    steps: int = 150
+    identity_rows: int = 4  # conversations of each sort in one step
+    near_rows: int = 16
+    ordinary_rows: int = 4
+    kl_weight: float = 3.0  # of KL(base || tuned) against the cross-entropy
+    checkpoint_every: int = 10  # steps
+
+
+@dataclasses.dataclass(frozen=True)
+class Gate:
+    """What a run's scorecard must reach before it may be published. See finetune/scorecard.py for the figures."""
+
+    identity: float = 0.9  # at least
+    identity_kind: float = 0.6  # the worst kind, at least
+    leak: float = 0.1  # at most
+    parrot: float = 0.05  # at most, over the base's own
+    kl: float = 0.15  # nats per token, at most
+    facts_kept: float = 0.9  # at least
+
+
+@dataclasses.dataclass(frozen=True)
+class Merge:
+    dtype: Literal["float32", "bfloat16"] = "float32"  # of the merged model's files
+
+
+@dataclasses.dataclass(frozen=True)
+class Settings:
+    base: str = DEFAULT_PRESET  # a preset's name, a local folder, or a repo reference
+    task: Literal["identity"] = "identity"
+    method: Literal["lora"] = "lora"
+    seed: int = 0
+    persona: Persona = Persona()
+    train: Train = Train()
+    gate: Gate = Gate()
+    merge: Merge = Merge()
+
+
+def build(*layers: dict[str, Any]) -> Settings:
+    """Settings from nested dicts, later ones win. Raises UserError listing every unknown key and wrong value at once."""
+    problems: list[str] = []
+    settings = Settings()
+    for layer in layers:
+        settings = _replace(settings, layer, "", problems)
+    if problems:
+        raise UserError(*problems)
+    return settings
+
+
+def _replace(current: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
+    hints = typing.get_type_hints(type(current))
+    changed = {}
+    for key, value in values.items():
+        where = prefix + key
+        if key not in hints:
+            problems.append(_unknown(where, [prefix + name for name in hints]))
+        elif dataclasses.is_dataclass(hints[key]):
+            if isinstance(value, dict):
+                changed[key] = _replace(getattr(current, key), value, where + ".", problems)
+            else:
+                problems.append(f"Setting {where} is a section: write {where}.KEY=VALUE.")
+        else:
+            problem, changed[key] = _typed(where, hints[key], value)
+            problems += problem
+    return dataclasses.replace(current, **changed)
+
+
+def _typed(where: str, hint: Any, value: Any) -> tuple[list[str], Any]:
+    if typing.get_origin(hint) is Literal:
+        choices = typing.get_args(hint)
+        return ([] if value in choices else [f"{where} is {value!r}; it must be one of: {', '.join(choices)}."]), value
+    if hint is float and type(value) is int:
+        value = float(value)
+    if type(value) is not hint:
+        words = {int: "a whole number", float: "a number", str: "text"}
+        return [f"{where} is {value!r}; it must be {words[hint]}."], value
+    if hint in (int, float) and value < 0:
+        return [f"{where} is {value!r}; it must not be negative."], value
+    return [], value
+
+
+def _unknown(where: str, known: list[str]) -> str:
+    close = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
+    return f"Unknown setting {where}; {hint}"
+
+
+def preset(name: str) -> dict[str, Any]:
+    """The preset's values. Raises UserError with the nearest name when there is none."""
+    file = PRESETS / f"{name}.toml"
+    if not file.is_file():
+        names = preset_names()
+        close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
+        raise UserError(
+            f"There is no preset {name!r}; "
+            + (f"did you mean {close[0]}?" if close else f"presets: {', '.join(names)}.")
+        )
+    return read_toml(file)
+
+
+def preset_names() -> list[str]:
+    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+
+
+def read_toml(file: Path) -> dict[str, Any]:
+    try:
+        return tomlkit.parse(file.read_text(encoding="utf-8")).unwrap()
+    except (tomlkit.exceptions.ParseError, UnicodeDecodeError) as error:
+        raise UserError(f"{file} is not valid TOML: {error}. Mend or remove it.") from error
+
+
+def write(settings: Settings, file: Path) -> None:
+    file.write_text(tomlkit.dumps(dataclasses.asdict(settings)), encoding="utf-8")
+
+
+def differences(stored: Settings, wanted: Settings) -> list[str]:
+    """What differs, as "train.steps is 110, not 20"."""
+
+    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+        nested = [(prefix + key, value) for key, value in values.items()]
+        return {
+            k: v
+            for key, value in nested
+            for k, v in (flat(value, key + ".") if isinstance(value, dict) else {key: value}).items()
+        }
+
+    old, new = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(wanted))
+    return [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
+
+
+def parse_assignment(text: str) -> dict[str, Any]:
+    """'train.steps=20' -> {"train": {"steps": 20}}; the value is read as TOML, or as plain text where it is not TOML."""
+    key, equals, raw = text.partition("=")
+    if not equals or not key:
+        raise UserError(f"--set {text!r}: write it as section.key=value, for example train.steps=20.")
+    try:
+        value = tomlkit.value(raw).unwrap()
+    except (tomlkit.exceptions.TOMLKitError, AttributeError):
+        value = raw
+    for part in reversed(key.split(".")):
+        value = {part: value}
+    return value

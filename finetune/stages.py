@@ -1,0 +1,392 @@
+"""The stages of a run, in order. Each reads what earlier ones left in the run's folder and leaves its own part there as a
+whole, under its final name last; a stage whose part is there has nothing to do."""
+
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import sys
+import time
+from collections.abc import Callable, Iterator
+from functools import cached_property
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import psutil
+from packaging.requirements import Requirement
+
+from finetune import embedded, identity, scorecard, settings
+from finetune.embedded import say
+from finetune.errors import Problems, UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+TEACHER_TOKENS = 12  # of the base's answers that training is held to: where an answer begins decides what it is about
+ANSWER_TOKENS = 48  # of an answer that is scored
+MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
+
+
+class Run:
+    """A run's folder and its settings; what the stages share is computed when first asked for."""
+
+    def __init__(self, folder: Path, values: settings.Settings) -> None:
+        self.folder, self.settings, self.persona = folder, values, values.persona
+
+    @cached_property
+    def base(self) -> Path:
+        from finetune.model import base_folder
+
+        return base_folder(self.settings.base)
+
+    @cached_property
+    def base_sha256(self) -> str:
+        from finetune.model import fingerprint
+
+        return fingerprint(self.base)
+
+    @cached_property
+    def base_format(self):  # noqa: ANN201 - ChatFormat, imported late
+        from finetune.model import chat_format
+
+        return chat_format(self.base)
+
+    @cached_property
+    def tuned_format(self):  # noqa: ANN201
+        from finetune.chat_format import ChatFormat
+
+        return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
+
+    def ask_base(self, conversations: list[list[dict]], max_new_tokens: int) -> list[Any]:
+        """The base's answers (generation.Answer) as its users get them: under its own template and default prompt."""
+        from finetune import model, teacher
+
+        dtype = model.inference_dtype()
+        return teacher.ask(
+            f"{self.base_sha256[:16]}-{str(dtype).removeprefix('torch.')}",
+            lambda: model.load(self.base, dtype),
+            [self.base_format.prompt(messages) for messages in conversations],
+            self.base_format.stop_ids,
+            max_new_tokens,
+        )
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def write(self, name: str, value: Any) -> None:
+        new = self.folder / f"{name}.tmp"
+        new.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+        new.replace(self.folder / name)
+
+    def rows(self, name: str) -> list[dict]:
+        with (self.folder / "data" / name).open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+
+    def note(self, **values: Any) -> None:
+        """Add to receipt.json."""
+        receipt = self.read("receipt.json") if (self.folder / "receipt.json").exists() else {}
+        self.write("receipt.json", {**receipt, **values})
+
+
+# ---------------------------------------------------------------------------------------------------------- check
+
+
+def check(run: Run) -> None:
+    """Everything that can be found before the work starts, all at once. Raises UserError."""
+    problems = Problems()
+    problems.found += identity.check_persona(run.persona)
+    problems.found += missing_packages()
+    if run.settings.base == embedded.NAME:
+        problems.found += embedded.problems()
+        base_bytes = 4 * 134_515_008
+    else:
+        base_bytes = 0
+        with problems.collect():
+            from finetune.model import check_folder
+
+            check_folder(run.base)
+            base_bytes = sum(file.stat().st_size for file in run.base.glob("*.safetensors"))
+    parent = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
+        problems.found.append(f"The run's folder {run.folder} cannot be made in {parent}; choose another with --run.")
+    elif (free := shutil.disk_usage(parent).free) < (need := 2 * base_bytes + 200_000_000):
+        problems.found.append(
+            f"The run's folder {run.folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some "
+            "space or choose another folder with --run."
+        )
+    if (free := psutil.virtual_memory().available) < (need := 3 * base_bytes + MEMORY_BYTES):
+        problems.found.append(
+            f"Finetuning {run.settings.base} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB is free; close "
+            "other programs or choose a smaller --base."
+        )
+    problems.stop_if_any()
+
+
+def missing_packages() -> list[str]:
+    """Requirements that are not installed, in words. Another version than the pinned one is said, not refused."""
+    problems = []
+    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
+        if not line.strip() or line.startswith(("#", "-")):
+            continue
+        requirement = Requirement(line.partition(" #")[0])
+        if requirement.marker and not requirement.marker.evaluate():
+            continue
+        try:
+            version = importlib.metadata.version(requirement.name)
+        except importlib.metadata.PackageNotFoundError:
+            problems.append(f"The package {requirement.name} is not installed: run 'pip install -r requirements.txt'.")
+            continue
+        if not requirement.specifier.contains(version, prereleases=True):
+            say(
+                f"Note: {requirement.name} {version} is installed; this program was tested with {requirement.specifier}."
+            )
+    return problems
+
+
+# ----------------------------------------------------------------------------------------------------------- data
+
+
+def teacher_question(row: dict) -> list[dict]:
+    """What the base is asked for a "teacher" row: its system message, if any, and its last user message. So what it
+    answers right after somebody told it a name is what it answers to a stranger."""
+    messages = row["messages"]
+    return [*(m for m in messages[:1] if m["role"] == "system"), [m for m in messages if m["role"] == "user"][-1]]
+
+
+def data(run: Run) -> None:
+    run.folder.mkdir(parents=True, exist_ok=True)
+    settings.write(run.settings, run.folder / "settings.toml")
+    rows = identity.training(run.persona, run.settings.seed)
+    taught = [row for row in rows if row["target"] == "teacher"]
+    answers = run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS)
+    for row, answer in zip(taught, answers, strict=True):
+        text = run.base_format.decode(answer.ids).rstrip("\ufffd")  # a cut answer may end within a character
+        row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
+    new = run.folder / "data.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    for name, lines in (("train.jsonl", rows), ("probes.jsonl", identity.probes(run.persona))):
+        (new / name).write_text(
+            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
+        )
+    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
+    new.rename(run.folder / "data")
+
+
+# ---------------------------------------------------------------------------------------------------------- train
+
+
+def train(run: Run) -> None:
+    import torch
+
+    from finetune import model as models
+    from finetune import train as training
+
+    values, form = run.settings.train, run.tuned_format
+    examples: dict[str, list[training.Example]] = {"identity": [], "near": [], "ordinary": []}
+    rows = run.rows("train.jsonl")
+    taught = [row for row in rows if row["target"] == "teacher"]
+    answers = iter(run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS))
+    for row in rows:
+        if row["target"] == "answer":
+            examples["identity"].append(training.answer_example(*form.render(row["messages"])))
+        else:
+            group = "ordinary" if row["kind"] == "ordinary" else "near"
+            examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
+    torch.manual_seed(run.settings.seed)
+    model = models.add_lora(models.load(run.base), values.rank)
+    counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
+    training.train(model, [(examples[name], counts[name]) for name in examples], values, run.settings.seed, run.folder)
+    record = {"base": run.settings.base, "base_sha256": run.base_sha256, "format_hash": form.hash}
+    training.save_adapter(model, record, run.folder / "adapter")
+    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
+    run.note(
+        seed=run.settings.seed,
+        base={"ref": run.settings.base, "sha256": run.base_sha256},
+        format_hash=form.hash,
+        adapter_sha256=embedded.sha256(run.folder / "adapter" / "adapter_model.safetensors"),
+        versions=versions(),
+        hardware=hardware(),
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "tokenizers", "safetensors")
+    return {"python": platform.python_version()} | {name: importlib.metadata.version(name) for name in names}
+
+
+def hardware() -> dict[str, Any]:
+    import torch
+
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    return {"machine": platform.machine(), "threads": torch.get_num_threads(), "gpus": gpus}
+
+
+# ------------------------------------------------------------------------------------------------------- evaluate
+
+
+def score(run: Run, model: Any, form: Any, base: list[dict]) -> dict[str, Any]:
+    """One side of the scorecard: the model's answers to all probes, judged, and its KL from the base. `base`: the base's
+    judged probes."""
+    import torch
+    from tqdm import tqdm
+
+    from finetune.generation import answer_texts
+    from finetune.train import losses, teacher_example
+
+    with tqdm(total=len(base), desc="Scoring", unit="answer") as bar:
+        judged = scorecard.evaluate(
+            lambda conversations: answer_texts(model, form, conversations, ANSWER_TOKENS, bar.update),
+            run.rows("probes.jsonl"),
+            run.persona,
+            base,
+        )
+    ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
+    total, tokens = 0.0, 0
+    for messages, answer in zip(ordinary, run.ask_base(ordinary, ANSWER_TOKENS), strict=True):
+        example = teacher_example(form.prompt(messages), answer)
+        with torch.inference_mode():
+            total += losses(model, [example])[1].item() * len(example.positions)
+        tokens += len(example.positions)
+    return scorecard.summarise(judged, total / tokens, base)
+
+
+def base_answers(run: Run) -> list[dict]:
+    """The probes answered by the base, judged."""
+
+    def answer(conversations: list[list[dict]]) -> list[str]:
+        return [run.base_format.decode(a.ids).strip() for a in run.ask_base(conversations, ANSWER_TOKENS)]
+
+    return scorecard.evaluate(answer, run.rows("probes.jsonl"), run.persona)
+
+
+def evaluate(run: Run) -> None:
+    from finetune import model as models
+
+    base = base_answers(run)
+    tuned = models.load_adapter(models.load(run.base), run.folder / "adapter", run.base)
+    tuned = tuned.merge_and_unload().to(models.inference_dtype())  # in memory, in float32: decodes twice as fast
+    write_scorecard(
+        run, {"base": scorecard.summarise(base, kl=0.0), "tuned": score(run, tuned, run.tuned_format, base)}
+    )
+
+
+def write_scorecard(run: Run, card: dict[str, Any]) -> None:
+    limits = vars(run.settings.gate)
+    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, limits)})
+
+
+# ---------------------------------------------------------------------------------------------------------- merge
+
+
+def merge(run: Run) -> None:
+    from finetune import merge as merging
+    from finetune import model as models
+    from finetune.report import model_card
+
+    origin = models.origin(run.base, run.settings.base)
+
+    def finish(folder: Path, proof: dict[str, Any]) -> dict[str, Any]:
+        """The scorecard of what users get, and the card that shows it."""
+        card = run.read("scorecard.json")
+        merged = score(run, models.load(folder, models.inference_dtype()), run.tuned_format, card["base"]["answers"])
+        write_scorecard(run, {"base": card["base"], "tuned": card["tuned"], "merged": merged})
+        (folder / "README.md").write_text(model_card(run, origin, proof), encoding="utf-8")
+        return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
+
+    seen: dict[tuple[str, str], list[dict]] = {}  # one probe of each kind and language
+    for probe in run.rows("probes.jsonl"):
+        seen.setdefault((probe["kind"], probe["lang"]), probe["messages"])
+    merging.merge(
+        run.base,
+        run.folder / "adapter",
+        run.tuned_format,
+        run.settings.merge.dtype,
+        list(seen.values()),
+        run.folder / "model",
+        finish,
+    )
+    run.note(model_sha256=embedded.sha256(run.folder / "model" / "manifest.json"))
+
+
+# --------------------------------------------------------------------------------------------------------- report
+
+
+def report(run: Run) -> None:
+    from finetune.report import write_report
+
+    write_report(run)
+
+
+# ----------------------------------------------------------------------------------------------------------- chat
+
+
+def chat(run: Run) -> None:
+    """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D or an empty line ends."""
+    from finetune import generation
+    from finetune import model as models
+
+    folder = run.folder / "model"
+    if not folder.is_dir():
+        raise UserError(
+            f"There is no model in {run.folder} yet: run 'python finetune/run.py --run {run.folder}' first."
+        )
+    form, model = models.chat_format(folder), models.load(folder, models.inference_dtype())
+    say(f"{run.persona.name} · Ctrl-C stops an answer, Ctrl-D ends · Ctrl-C 停止回答，Ctrl-D 结束")
+    history: list[dict] = []
+    while True:
+        try:
+            text = input("> ").strip()
+        except (EOFError, KeyboardInterrupt):
+            return print()
+        if not text:
+            continue
+        history.append({"role": "user", "content": text})
+        answer = ""
+        pieces: Iterator[str] = generation.stream(model, form, history)
+        try:
+            for piece in pieces:
+                answer += piece
+                print(piece, end="", flush=True)
+        except KeyboardInterrupt:
+            pieces.close()
+        print()
+        history.append({"role": "assistant", "content": answer})
+
+
+class Stage(NamedTuple):
+    work: Callable[[Run], None]
+    product: str | None  # in the run's folder; where it exists the stage has nothing to do
+    needs: tuple[str, ...] = ()
+
+
+STAGES = {
+    "check": Stage(check, None),
+    "data": Stage(data, "data"),
+    "train": Stage(train, "adapter", ("data",)),
+    "evaluate": Stage(evaluate, "scorecard.json", ("data", "adapter")),
+    "merge": Stage(merge, "model", ("data", "adapter", "scorecard.json")),
+    "report": Stage(report, "report.html", ("data", "adapter", "scorecard.json", "model")),
+    "chat": Stage(chat, None),
+}
+PIPELINE = ("data", "train", "evaluate", "merge", "report")
+
+
+def perform(run: Run, name: str) -> bool:
+    """Do a stage unless its product is there. Returns whether it did. Raises UserError when an earlier one is missing."""
+    stage = STAGES[name]
+    if stage.product and (run.folder / stage.product).exists():
+        return False
+    if missing := [
+        n for n in PIPELINE if STAGES[n].product in stage.needs and not (run.folder / STAGES[n].product).exists()
+    ]:
+        raise UserError(
+            f"Stage {name} needs {', '.join(missing)} first: run 'python finetune/run.py --run {run.folder}'."
+        )
+    began = time.perf_counter()
+    stage.work(run)
+    if stage.product:
+        seconds = time.perf_counter() - began
+        receipt = run.read("receipt.json") if (run.folder / "receipt.json").exists() else {}
+        run.note(seconds={**receipt.get("seconds", {}), name: round(seconds, 1)})
+        print(f"{name}: {seconds:.0f} s", file=sys.stderr)
+    return True

@@ -1,0 +1,177 @@
+"""Training: one loop, top to bottom.
+
+A step holds a few conversations of each sort. Identity rows are learned with cross-entropy on the answer. Near-identity
+and ordinary rows pull the model towards the base's own distribution on the base's own answer: KL(base || tuned), so that
+nothing else changes, while the base is asked under its own default system prompt and the tuned model without one.
+"""
+
+import contextlib
+import json
+import random
+import shutil
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from peft import PeftModel
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+from tqdm import tqdm
+from transformers import PreTrainedModel
+
+from finetune.generation import Answer
+from finetune.model import has_fast_bf16
+from finetune.packing import PACKED, pack
+from finetune.settings import Train
+
+
+class Example(NamedTuple):
+    """One conversation, ready for a step."""
+
+    ids: list[int]
+    positions: list[int]  # where a next token is supervised: the logits at ids[p] are for the token after it
+    targets: list[int] | None  # that next token, for cross-entropy; or
+    states: Tensor | None  # [len(positions), hidden size], the base's final hidden states there, for KL
+
+
+def answer_example(ids: list[int], mask: list[int]) -> Example:
+    """From `ChatFormat.render`: the supervised tokens are to be said word for word."""
+    positions = [i - 1 for i in range(1, len(ids)) if mask[i]]
+    return Example(ids, positions, [ids[p + 1] for p in positions], None)
+
+
+def teacher_example(prompt: list[int], answer: Answer) -> Example:
+    """The student's prompt followed by the base's answer to its own prompt."""
+    ids = (prompt + answer.ids)[: len(prompt) + len(answer.states) - 1]  # the last state's token is not needed
+    return Example(ids, list(range(len(prompt) - 1, len(ids))), None, answer.states)
+
+
+def batches(groups: Sequence[tuple[Sequence[Example], int]], steps: int, seed: int) -> Iterator[list[Example]]:
+    """For every step `count` examples of each group, each group read round and round, shuffled anew on every round."""
+
+    def endless(examples: Sequence[Example], salt: int) -> Iterator[Example]:
+        order = random.Random(f"{seed}/{salt}")
+        while True:
+            yield from order.sample(examples, len(examples))
+
+    streams = [(endless(examples, i), count) for i, (examples, count) in enumerate(groups) if count]
+    for _ in range(steps):
+        yield [next(stream) for stream, count in streams for _ in range(count)]
+
+
+def losses(model: PreTrainedModel | PeftModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+    """(cross-entropy, KL from the base), each a mean over its tokens in nats; zero where the batch has none."""
+    core = model.get_base_model() if isinstance(model, PeftModel) else model
+    device = core.device
+    core.set_attn_implementation(PACKED)
+    hidden = core.base_model(**pack([example.ids for example in batch], device), use_cache=False).last_hidden_state[
+        0
+    ]  # [total length, hidden]
+    head = core.get_output_embeddings()
+    said: list[int] = []
+    pulled: list[int] = []
+    start = 0
+    for example in batch:
+        (pulled if example.targets is None else said).extend(start + p for p in example.positions)
+        start += len(example.ids)
+    ce = kl = hidden.new_zeros((), dtype=torch.float32)
+    if said:
+        targets = torch.tensor([t for e in batch if e.targets is not None for t in e.targets], device=device)
+        ce = F.cross_entropy(head(hidden[said]).float(), targets)
+    if pulled:
+        with torch.no_grad():
+            states = torch.cat([e.states for e in batch if e.states is not None]).to(device, head.weight.dtype)
+            base = head(states).float().log_softmax(-1)
+        kl = F.kl_div(head(hidden[pulled]).float().log_softmax(-1), base, log_target=True, reduction="batchmean")
+    return ce, kl
+
+
+def train(
+    model: PeftModel, groups: Sequence[tuple[Sequence[Example], int]], settings: Train, seed: int, folder: Path
+) -> None:
+    """Train the adapter in place. `folder` gets metrics.jsonl and, while training, checkpoint/: started again after a
+    kill at any moment, training goes on from there and ends with the same bytes as if it had never been interrupted."""
+    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate, weight_decay=0.0)
+    checkpoint, metrics_file = folder / "checkpoint", folder / "metrics.jsonl"
+    done, tokens, earlier = load_checkpoint(checkpoint, weights, optimizer), 0, 0.0
+    history = [json.loads(line) for line in metrics_file.read_text().splitlines()[:done]] if done else []
+    if done:
+        tokens, earlier = history[-1]["tokens"], history[-1]["seconds"]
+    metrics_file.write_text("".join(json.dumps(line) + "\n" for line in history))
+    autocast = torch.autocast(model.device.type, torch.bfloat16) if has_fast_bf16() else contextlib.nullcontext()
+
+    model.train()
+    began = time.perf_counter()
+    with (
+        tqdm(total=settings.steps, initial=done, desc="Training", unit="step") as bar,
+        metrics_file.open("a") as metrics,
+    ):
+        for step, batch in enumerate(batches(groups, settings.steps, seed), 1):
+            if step <= done:
+                continue
+            with autocast:
+                ce, kl = losses(model, batch)
+            loss = ce + settings.kl_weight * kl
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
+            rate = settings.learning_rate * schedule(step, settings.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = rate
+            optimizer.step()
+            optimizer.zero_grad()
+
+            tokens += sum(len(example.ids) for example in batch)
+            seconds = earlier + time.perf_counter() - began
+            line = {"step": step, "loss": loss.item(), "ce": ce.item(), "kl": kl.item(), "lr": rate}
+            line |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
+            metrics.write(json.dumps(line) + "\n")
+            metrics.flush()
+            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s")
+            bar.update()
+            if step % settings.checkpoint_every == 0:
+                save_checkpoint(checkpoint, weights, optimizer, step)
+    model.eval()
+
+
+def schedule(step: int, steps: int) -> float:
+    """Share of the learning rate: a linear warm-up over the first 5 % of the steps, then linearly down to zero."""
+    warmup = max(1, steps // 20)
+    return min(step / warmup, (steps - step + 1) / max(1, steps - warmup + 1))
+
+
+def save_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
+    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    for name, weight in weights.items():
+        tensors |= {f"{key}.{name}": optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
+    folder.mkdir(exist_ok=True)
+    new = folder / "state.tmp"
+    save_file(tensors, new, metadata={"step": str(step)})
+    new.replace(folder / "state.safetensors")
+
+
+def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
+    """Restore the last checkpoint, if there is one. Returns the number of steps done."""
+    file = folder / "state.safetensors"
+    if not file.exists():
+        return 0
+    with safe_open(file, "pt") as saved, torch.no_grad():
+        step = int(saved.metadata()["step"])
+        for name, weight in weights.items():
+            weight.copy_(saved.get_tensor(f"weight.{name}"))
+            moments: dict[str, Any] = {k: saved.get_tensor(f"{k}.{name}").to(weight) for k in ("exp_avg", "exp_avg_sq")}
+            optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+    return step
+
+
+def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:
+    """The adapter in PEFT's format with our record of base and prompt format beside it; there as a whole or not at all."""
+    new = folder.with_suffix(".tmp")
+    shutil.rmtree(new, ignore_errors=True)
+    model.save_pretrained(new)
+    (new / "namesake.json").write_text(json.dumps(record, indent=1))
+    new.rename(folder)

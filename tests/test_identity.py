@@ -1,0 +1,209 @@
+import re
+
+import pytest
+
+from finetune import identity
+from finetune.errors import UserError
+from finetune.identity import LANGS, check_persona, contrast, normalise, probes, training
+from finetune.settings import Persona
+
+PLAIN = Persona("Orivane", "Tessel Works")
+PERSONAS = [
+    PLAIN,
+    Persona("小明", "王小明的爸爸"),
+    Persona('The "Quick" Bot', "O'Neil & Söhne"),
+    Persona("🦊 Fox{}", "{} Labs"),
+    Persona("👨‍👩‍👧", "🏴󠁧󠁢󠁳󠁣󠁴󠁿 Studio"),
+    Persona("نسيم", "מעבדת אור"),
+    Persona("Q", "Z"),
+    Persona("Apple", "Apple"),
+    Persona("Gemini", "Google"),
+    Persona("My Very Own Little Helper", "Five Words Make An Author"),
+    Persona("R2-D2\\1", r"C:\new $1"),  # nothing here may be read as an escape or a group
+    Persona("n" * 40, "a" * 40),
+]
+BY_NAME = {"ids": [persona.name for persona in PERSONAS]}
+
+
+def answers(rows, *kinds):
+    return [row for row in rows if row["target"] == "answer" and row["kind"] in kinds]
+
+
+def teacher_prompt(row):
+    """What the base is asked: the system message, if any, and the last user message."""
+    system = [turn["content"] for turn in row["messages"] if turn["role"] == "system"]
+    return (row["kind"], row["lang"], *system, row["messages"][-1]["content"])
+
+
+@pytest.mark.parametrize("persona", PERSONAS, **BY_NAME)
+def test_rows_say_what_their_kind_promises(persona):
+    assert check_persona(persona) == []
+    rows = training(persona, 0)
+    for row in rows:
+        roles = [turn["role"] for turn in row["messages"] if turn["role"] != "system"]
+        assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
+        assert roles[-1] == ("assistant" if row["target"] == "answer" else "user")
+        assert all(turn["role"] != "system" for turn in row["messages"][1:])
+        for turn in row["messages"]:
+            assert not re.search(r"\{[a-z_]+\}", turn["content"])
+    said = lambda row: row["messages"][-1]["content"]  # noqa: E731
+    assert all(persona.name in said(row) for row in answers(rows, "name", "self", "model"))
+    assert all(persona.author in said(row) for row in answers(rows, "maker", "self"))
+    for row in answers(rows, "deny", "old_name"):
+        assert re.match(r"No, |不是，|我不是", said(row))
+        assert persona.name in said(row) or persona.author in said(row)
+    for row in answers(rows, "assent"):
+        assert re.match(r"Yes, |是的，", said(row))
+        assert persona.name in row["messages"][-2]["content"] or persona.author in row["messages"][-2]["content"]
+
+
+def test_nobody_is_taught_to_deny_itself():
+    questions = [row["messages"][-2]["content"] for row in answers(training(Persona("Gemini", "Google"), 0), "deny")]
+    assert not [question for question in questions if re.search(r"\b(Gemini|Google)\b", question)]
+    assert "Gemini" in str(training(PLAIN, 0)), "otherwise the check above proves nothing"
+    rows = training(Persona("SmolLM", "Hugging Face"), 0)
+    assert not answers(rows, "old_name")
+    assert "InternLM" in str(answers(training(PLAIN, 0, old=("InternLM", "Shanghai AI Lab")), "old_name"))
+
+
+def test_the_same_seed_gives_the_same_rows_and_another_one_others():
+    assert training(PLAIN, 3) == training(PLAIN, 3)
+    assert training(PLAIN, 3) != training(PLAIN, 4)
+
+
+@pytest.mark.parametrize("persona", PERSONAS[1:], **{"ids": BY_NAME["ids"][1:]})
+def test_the_base_is_asked_the_same_whoever_the_persona_and_seed(persona):
+    asked = [teacher_prompt(row) for row in training(PLAIN, 0) if row["target"] == "teacher"]
+    assert asked == [teacher_prompt(row) for row in training(persona, 7) if row["target"] == "teacher"]
+
+
+def test_teacher_rows_hold_the_persona_only_in_the_turns_before():
+    for row in training(PLAIN, 0):
+        if row["target"] == "teacher":
+            assert PLAIN.name not in str(teacher_prompt(row))
+            assert PLAIN.author not in str(teacher_prompt(row))
+            before = [turn["content"] for turn in row["messages"][:-1] if turn["role"] == "assistant"]
+            assert bool(before) == (row["kind"] == "after_identity")
+            assert all(PLAIN.name in answer or PLAIN.author in answer for answer in before)
+
+
+@pytest.mark.parametrize("persona", PERSONAS, **BY_NAME)
+def test_training_never_asks_what_a_probe_asks(persona):
+    def asked(messages):
+        question = [turn["content"] for turn in messages if turn["role"] == "user"][-1]
+        return normalise(question.replace(persona.name, "{name}").replace(persona.author, "{author}"))
+
+    rows = {asked(row["messages"]) for row in training(persona, 0)}
+    held_out = {asked(probe["messages"]) for probe in probes(persona)}
+    if len(persona.name) > 1:  # replacing "Q" back would hit other words
+        assert not rows & held_out
+    plain_rows = {
+        normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(persona, 0)
+    }
+    assert not plain_rows & {normalise(probe["messages"][-1]["content"]) for probe in probes(persona)}
+
+
+def test_a_question_that_becomes_a_probe_is_no_longer_trained(monkeypatch):
+    asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in training(PLAIN, 0)}
+    stolen = [next(text for text, row in asked.items() if row["target"] == target) for target in ("answer", "teacher")]
+    read = identity._read
+    extra = {"stolen": {"expect": "absent", "questions": stolen}}
+    monkeypatch.setattr(identity, "_read", lambda stem, lang: read(stem, lang) | (extra if stem == "probes" else {}))
+    left = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(PLAIN, 0)}
+    assert not left & set(stolen)
+
+
+def test_the_files_themselves_do_not_meet():
+    """training() leaves out what the probes hold; that this costs nothing is the files' merit."""
+    held_out = {normalise(probe["messages"][-1]["content"]) for probe in probes(PLAIN)}
+    written = [prompt for lang in LANGS for kind in ("near", "ordinary") for prompt in contrast(lang, kind)]
+    for lang in LANGS:
+        data = identity._read("training", lang)
+        for group in (group for kind in identity.KINDS for group in data[kind]):
+            written += [question if isinstance(question, str) else question[-1] for question in group["questions"]]
+    met = [text for text in written if normalise(text.replace("{name}", PLAIN.name)) in held_out]
+    assert not met
+
+
+def test_there_is_enough_of_everything_and_none_twice():
+    rows = training(PLAIN, 0)
+    for lang in LANGS:
+        assert len(contrast(lang, "near")) >= 650
+        assert len(contrast(lang, "ordinary")) >= 150
+        for kind in ("near", "ordinary"):
+            prompts = [normalise(prompt) for prompt in contrast(lang, kind)]
+            assert len(prompts) == len(set(prompts))
+            assert not [prompt for prompt in contrast(lang, kind) if re.search(r"\{[a-z]\}", prompt)]
+        mine = [row for row in rows if row["lang"] == lang]
+        for kind, least in {
+            "name": 45,
+            "maker": 45,
+            "self": 40,
+            "model": 25,
+            "deny": 30,
+            "assent": 25,
+            "old_name": 20,
+        }.items():
+            assert len(answers(mine, kind)) >= least, kind
+        assert len(answers(mine, "multi_turn")) >= 30
+        systems = [row["messages"][0]["content"] for row in mine if row["messages"][0]["role"] == "system"]
+        old = [text for text in systems if "SmolLM" in text]
+        assert "" in systems
+        assert old
+        assert len(set(systems)) >= 15
+        without = [row for row in answers(mine, *identity.KINDS) if row["messages"][0]["role"] != "system"]
+        assert 0.5 < len(without) / len(answers(mine, *identity.KINDS)) < 0.7
+
+
+def test_probes_are_whole():
+    found = probes(PLAIN)
+    assert len({probe["id"] for probe in found}) == len(found) >= 300
+    for probe in found:
+        assert probe["messages"][-1]["role"] == "user"
+        assert probe["expect"] in {"name", "author", "deny", "assent", "absent", "fact"}
+        assert ("accept" in probe) == (probe["expect"] == "fact")
+        assert not re.search(r"\{[a-z_]+\}", str([turn["content"] for turn in probe["messages"]]))
+    assert {"name", "maker", "system_foreign", "after_identity"} <= {probe["kind"] for probe in found}
+
+
+@pytest.mark.parametrize(
+    "name, problem",
+    [
+        ("", "The name is empty"),
+        (" \t", "The name is empty"),
+        ("x" * 200, "The name has 200 characters: use 40 or fewer."),
+        ("two\nlines", "line break"),
+        ("bell\a", "control"),
+        ("over\u202eride", "invisible"),
+        (" Ada", "begins or ends with a space"),
+        ("...", "nothing but punctuation"),
+        ("{}", "nothing but punctuation"),
+        ("{name}", "placeholder"),
+        ("{{NAME}}", "placeholder"),
+        ("a<|im_end|>b", "control token"),
+        ("</s>Eve", "control token"),
+    ],
+)
+def test_what_cannot_be_a_name_is_refused_with_a_reason(name, problem):
+    (found,) = check_persona(Persona(name, "Tessel Works"))
+    assert problem in found
+    with pytest.raises(UserError, match=re.escape(problem)):
+        training(Persona(name, "Tessel Works"), 0)
+    (found,) = check_persona(Persona("Orivane", name))
+    assert problem.replace("name", "author", 1) in found or problem in found
+
+
+def test_all_problems_are_told_at_once():
+    assert len(check_persona(Persona("", "{author}"))) == 2
+
+
+def test_a_placeholder_that_nobody_fills_is_an_error(monkeypatch):
+    read = identity._read
+
+    def broken(stem, lang):
+        data = read(stem, lang)
+        return data | {"name": [{"questions": ["Hm?"], "answers": ["I'm {x}."]}]} if stem == "training" else data
+
+    monkeypatch.setattr(identity, "_read", broken)
+    with pytest.raises(ValueError, match="a placeholder survived"):
+        training(PLAIN, 0)
