@@ -10,7 +10,6 @@ Importing this module starts nothing, loads no model and needs neither gradio no
 import argparse
 import html
 import inspect
-import json
 import logging
 import os
 import re
@@ -19,117 +18,36 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.embedded import NAME as DEFAULT_MODEL
 from finetune.embedded import say
+from finetune.engine import Engine
 from finetune.errors import UserError
 
-TEXTS = {
-    "en": {
-        "stage.libraries": "Starting",
-        "stage.fetch": "Fetching the model",
-        "stage.load": "Loading the model",
-        "wait": "The chat opens by itself. The first start takes a little longer.",
-        "failed": "The model could not be loaded",
-        "type": "Type a message",
-        "hello": "Ask me something, or begin with one of these:",
-    },
-    "zh-CN": {
-        "stage.libraries": "正在启动",
-        "stage.fetch": "正在获取模型",
-        "stage.load": "正在加载模型",
-        "wait": "准备好后会自动进入对话，首次启动需要稍等片刻。",
-        "failed": "模型加载失败",
-        "type": "输入消息",
-        "hello": "想聊点什么？也可以从这里开始：",
-        "chatbot.copy_message": "复制",  # strings of Gradio's own that its Chinese lacks
-        "chatbot.copied_message": "已复制",
-        "status.queue_position": "排队中：第 {position} 位，共 {size} 位",
-    },
+CHINESE = {
+    "Starting": "正在启动",
+    "Fetching the model": "正在获取模型",
+    "Loading the model": "正在加载模型",
+    "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
+    "The model could not be loaded": "模型加载失败",
+    "Type a message": "输入消息",
+    "Ask me something, or begin with one of these:": "想聊点什么？也可以从这里开始：",
 }
-TEXTS["zh-TW"] = TEXTS["zh-CN"]  # else a Traditional Chinese browser gets our strings in English
+GRADIO_CHINESE = {  # strings of Gradio's own that its Chinese lacks
+    "chatbot.copy_message": "复制",
+    "chatbot.copied_message": "已复制",
+}
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
 CSS = """
-.gradio-container > main { max-width: 860px !important }
+.gradio-container .main { max-width: 900px !important; margin: auto }
 #name h1 { margin: 0; font-size: 1.25rem; text-align: center; overflow-wrap: anywhere }
 #status { text-align: center; margin: 20vh auto 0; overflow-wrap: anywhere }
 #status p { opacity: .75; margin-top: .5rem }
 """
-
-
-class Engine:
-    """The model behind the page and how far it is: status "loading", then "ready" or "failed"."""
-
-    max_new_tokens = 512
-
-    def __init__(self, model: str, adapter: str | None = None) -> None:
-        self.ref, self.adapter = model, adapter
-        self.status, self.stage, self.message = "loading", "stage.libraries", ""
-        self.began = time.monotonic()
-        self.name = self._name(Path(model))
-
-    @staticmethod
-    def _name(folder: Path) -> str:
-        """The assistant's, from the manifest of a model made here; else the model's."""
-        manifest = folder / "manifest.json"
-        return json.loads(manifest.read_text(encoding="utf-8"))["name"] if manifest.is_file() else folder.name
-
-    def load(self) -> None:
-        """Fetch and load; never raises, `status` and `message` say how it went."""
-        try:
-            # Here and not above: these imports take seconds, and the page is there meanwhile.
-            from finetune import hub, model
-            from finetune.generation import sampler
-
-            self.stage = "stage.fetch"
-            base = model.base_folder(self.ref)
-            adapter = hub.pull(self.adapter) if self.adapter else None
-            self.stage = "stage.load"
-            model.check_folder(base)
-            self.form = model.chat_format(base)
-            # An adapter is merged in float32 and then rounded: one model, as fast as without.
-            loaded = model.load(base) if adapter else model.load(base, model.inference_dtype())
-            if adapter:
-                loaded = model.load_adapter(loaded, adapter, base).merge_and_unload().to(model.inference_dtype())
-            self.model, self.name = loaded, self._name(base)
-            self.pick = lambda: sampler(temperature=0.3, top_p=0.9)
-            self.status = "ready"
-            say(f"{self.name} is ready after {time.monotonic() - self.began:.0f} s.")
-        except UserError as error:
-            self.message, self.status = str(error), "failed"
-            say(f"error: {error}")
-        except Exception:
-            self.message = f"The model {self.ref} could not be loaded; the server's log says why."
-            self.status = "failed"
-            traceback.print_exc()
-
-    def health(self) -> dict[str, str]:
-        message = TEXTS["en"][self.stage] if self.status == "loading" else self.message
-        return {"status": self.status, "model": self.ref, "message": message}
-
-    def answer(self, messages: Sequence[dict[str, str]]) -> Iterator[str]:
-        """The answer's text, piece by piece; closing the iterator stops the decoder. Raises UserError."""
-        from finetune.generation import stream
-
-        room = self.model.config.max_position_embeddings
-        reserved = min(self.max_new_tokens, room // 4)
-        messages = fit(messages, lambda kept: len(self.form.prompt(kept)), room - reserved)
-        yield from stream(self.model, self.form, messages, reserved, self.pick())
-
-
-def fit(messages: Sequence[dict[str, str]], count: Any, room: int) -> list[dict[str, str]]:
-    """The newest whole turns of at most `room` tokens by `count(messages)`, each beginning with the user's message; a
-    system message stays. Raises UserError when the last turn alone is too long."""
-    system = [m for m in messages[:1] if m["role"] == "system"]
-    for start in (i for i, m in enumerate(messages) if m["role"] == "user"):
-        kept = [*system, *messages[start:]]
-        if (tokens := count(kept)) <= room:
-            return kept
-    raise UserError(f"The message is too long: {tokens} tokens, and {room} fit. Shorten it and send it again.")
 
 
 # What looks like a tag or an entity outside of code gets an invisible word joiner, so that Markdown takes it for text.
@@ -174,16 +92,20 @@ def build(engine: Engine) -> Any:
     gr = import_gradio()
     from fastapi import FastAPI
 
-    i18n = gr.I18n(**TEXTS)
+    chinese = CHINESE | GRADIO_CHINESE
+    i18n = gr.I18n(**{"en": {text: text for text in CHINESE}, "zh-CN": chinese, "zh-TW": chinese})
+    # Gradio's own choice of weights, 400 and 600, has no Latin letters in 600.
+    font = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
 
     def view(request: gr.Request) -> list[Any]:
         """What is to be seen now: [name, status, chat, timer]."""
-        texts = TEXTS["zh-CN" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"]
+        texts = CHINESE if request.headers.get("accept-language", "").lower().startswith("zh") else {}
         if engine.status == "failed":
-            status = f"<b>{texts['failed']}</b><p>{html.escape(engine.message)}</p>"
+            title, text = "The model could not be loaded", engine.message
         else:
-            seconds = f"{time.monotonic() - engine.began:.0f} s"
-            status = f"<b>{texts[engine.stage]} … {seconds}</b><p>{texts['wait']}</p>"
+            title, text = engine.message, "The chat opens by itself. The first start takes a little longer."
+        seconds = f" … {time.monotonic() - engine.began:.0f} s" if engine.status == "loading" else ""
+        status = f"<b>{texts.get(title, title)}{seconds}</b><p>{html.escape(texts.get(text, text))}</p>"
         ready = engine.status == "ready"
         return [
             f"<h1>{html.escape(engine.name)}</h1>",
@@ -192,16 +114,20 @@ def build(engine: Engine) -> Any:
             gr.Timer(active=engine.status == "loading"),
         ]
 
+    def warn(sentence: str) -> None:
+        gr.Warning(html.escape(sentence))  # a gr.Error would cover the whole chat until it is clicked away
+
     def reply(history: list[dict]) -> Iterator[list[dict]]:
         """Streams the answer to the last message into the chat. Gradio closes this generator on Stop and when the tab is
         closed, and with it the decoder."""
-        if not history or history[-1]["role"] != "user":
+        if not history or history[-1]["role"] != "user":  # cleared meanwhile
+            yield gr.skip()
             return
-        if engine.status != "ready":
-            raise gr.Error(engine.health()["message"], print_exception=False)
         answer, sent = "", 0.0
         try:
-            with closing(engine.answer([{**m, "content": text_of(m["content"])} for m in history])) as pieces:
+            with closing(
+                engine.answer([{"role": m["role"], "content": text_of(m["content"])} for m in history])
+            ) as pieces:
                 for piece in pieces:
                     answer += piece
                     if time.monotonic() - sent > 0.05:  # more often only costs time
@@ -209,26 +135,29 @@ def build(engine: Engine) -> Any:
                         sent = time.monotonic()
             yield [*history, message("assistant", answer)]
         except UserError as error:
-            raise gr.Error(str(error), print_exception=False) from error
-        except Exception as error:
+            warn(str(error))
+            yield gr.skip()  # a generator that yields nothing empties the chat
+        except Exception:
             traceback.print_exc()
-            raise gr.Error("The answer broke off; the server's log says why.", print_exception=False) from error
+            warn("The answer broke off; the server's log says why.")
+            yield gr.skip()
 
-    # What a button leaves of the conversation, and what it puts into the box; a new `turn` is then answered.
+    # What an action leaves of the conversation; a new `turn` is then answered.
     def ask(history: list[dict], text: str, turn: int) -> tuple:
-        history = [*history, message("user", text)] if text.strip() else history
-        return history, turn + 1, gr.Textbox("", submit_btn=False, stop_btn=True)
+        if not text.strip():
+            return gr.skip(), gr.skip(), gr.skip()
+        return [*history, message("user", text)], turn + 1, gr.Textbox("", submit_btn=False, stop_btn=True)
 
-    def again(history: list[dict], turn: int) -> tuple:
+    def example(turn: int, event: gr.SelectData) -> tuple:
+        return ask([], event.value["text"], turn)
+
+    def retry(history: list[dict], turn: int) -> tuple:
         return history[: last_question(history) + 1], turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
 
     def edit(history: list[dict], turn: int, event: gr.EditData) -> tuple:
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
         history = [*history[:index], message("user", text_of(event.value))]
         return history, turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
-
-    def example(turn: int, event: gr.SelectData) -> tuple:
-        return ask([], event.value["text"], turn)
 
     def undo(history: list[dict]) -> tuple:
         index = last_question(history)
@@ -248,20 +177,20 @@ def build(engine: Engine) -> Any:
                 buttons=["copy"],
                 editable="user",
                 allow_tags=["img"],  # an image in an answer would call other hosts: it is shown as text
-                placeholder=i18n("hello"),
+                placeholder=i18n("Ask me something, or begin with one of these:"),
                 examples=[{"text": text} for text in EXAMPLES],
                 elem_id="chat",
             )
             box = gr.Textbox(
                 show_label=False,
-                label=i18n("type"),
-                placeholder=i18n("type"),
+                label=i18n("Type a message"),
+                placeholder=i18n("Type a message"),
                 max_lines=8,
                 submit_btn=True,
                 autofocus=True,
                 elem_id="box",
             )
-        turn, timer = gr.State(0), gr.Timer(1)
+        turn, timer = gr.Number(0, visible="hidden"), gr.Timer(1)
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on([page.load, timer.tick], view, None, [name, status, chat, timer], **quiet)
         answering = turn.change(reply, chatbot, chatbot, concurrency_limit=1, api_visibility="private")
@@ -269,13 +198,13 @@ def build(engine: Engine) -> Any:
         # First of each trigger's events: Gradio runs them one after the other, and would stop the new answer as well.
         asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
         gr.on([*asked, box.stop, chatbot.clear], None, cancels=[answering], api_visibility="private")
-        quiet["queue"] = True  # else a changed State triggers nothing
         box.submit(ask, [chatbot, box, turn], [chatbot, turn, box], **quiet)
         chatbot.example_select(example, turn, [chatbot, turn, box], **quiet)
-        chatbot.retry(again, [chatbot, turn], [chatbot, turn, box], **quiet)
+        chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **quiet)
         chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **quiet)
         chatbot.undo(undo, chatbot, [chatbot, box], **quiet)
-        gr.on([box.stop, chatbot.clear], idle, None, box, **quiet)
+        chatbot.clear(lambda: ([], idle()), None, [chatbot, box], **quiet)
+        box.stop(idle, None, box, **quiet)
 
     app = FastAPI(openapi_url=None)
     app.get("/health")(engine.health)
@@ -284,6 +213,7 @@ def build(engine: Engine) -> Any:
         page,
         path="/",
         i18n=i18n,
+        theme=gr.themes.Default(font=[font, "system-ui", "sans-serif"]),
         css=CSS,
         footer_links=[],
         run_history=False,
@@ -316,7 +246,9 @@ def main(arguments: list[str] | None = None) -> int:
         # The port is open from here on; whoever comes before the page is ready waits a second or two for its answer.
         listener = socket.create_server((args.host, args.port), backlog=128)
     except OSError as error:
-        say(f"error: Port {args.port} cannot be opened: {os.strerror(error.errno)}. Choose another with --port.")
+        say(
+            f"error: Port {args.port} cannot be opened: {error.strerror.partition(' (')[0]}. Choose another with --port."
+        )
         return 2
     say(f"{engine.ref}: http://localhost:{args.port}")
     serve(engine, listener)

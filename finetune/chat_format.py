@@ -7,11 +7,11 @@ then per message `<|im_start|>{role}\\n{content}<|im_end|>\\n`. Imports no torch
 
 import hashlib
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple
 
 from tokenizers import Tokenizer
-from tokenizers.decoders import DecodeStream
 
 from finetune.errors import UserError
 
@@ -56,9 +56,11 @@ class ChatFormat:
                 f"The tokenizer has no {' and '.join(missing)}: only ChatML models (SmolLM2, Qwen, InternLM2) are "
                 "supported; choose another base model."
             )
-        if unsafe := [token for token in self.control if len(token) < 2 or token[0] in token[1:]]:
+        # SPLIT must fit in, and no token may overlap itself or reach from a message over the line break or the control
+        # token beside it.
+        if unsafe := [t for t in self.control if len(t) < 2 or t[0] in t[1:] or "<" in t[1:] or "\n" in t]:
             raise UserError(
-                f"The tokenizer's added tokens {unsafe} cannot be told from what users type; choose another base."
+                f"The tokenizer's added tokens {unsafe} cannot be told from what users type; choose another base model."
             )
         # What users type goes through a copy that knows no control token at all.
         self._text = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
@@ -110,25 +112,24 @@ class ChatFormat:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 
     def stream(self) -> "TextStream":
-        return TextStream(self.tokenizer)
+        return TextStream(self.decode)
 
     @property
     def template(self) -> str:
         """The Jinja chat template whose text, tokenized by `tokenizer_json`, gives the ids of `render`."""
-        pairs = [[token, token[0] + SPLIT + token[1:]] for token in self.control]
-        system = json.dumps(self.default_system)
-        default = (
-            ""
-            if self.default_system is None
-            else "{%- if messages[0]['role'] != 'system' %}"
-            f"{{{{- '{START}system\\n' ~ {system} ~ '{END}\\n' }}}}"
-            "{%- endif %}"
-        )
+        pairs = [(token, token[0] + SPLIT + token[1:]) for token in self.control]
+        default, system = "", self.default_system
+        if system is not None:
+            for token, split in pairs:
+                system = system.replace(token, split)
+            # ascii: Jinja reads Python's escapes; it takes JSON's "\\ud83d\\ude00" for two broken characters.
+            turn = f"'{START}system\\n' ~ {system!a} ~ '{END}\\n'"
+            default = f"{{%- if messages[0]['role'] != 'system' %}}{{{{- {turn} }}}}{{%- endif %}}"
         return (
             f"{{{{- '{self.tokenizer.decode(self._bos, skip_special_tokens=False)}' }}}}{default}"
             "{%- for message in messages %}"
             "{%- set turn = namespace(text=message['content']) %}"
-            f"{{%- for token, split in {json.dumps(pairs)} %}}"
+            f"{{%- for token, split in {pairs!a} %}}"
             "{%- set turn.text = turn.text.replace(token, split) %}"
             "{%- endfor %}"
             f"{{{{- '{START}' ~ message['role'] ~ '\\n' ~ turn.text ~ '{END}\\n' }}}}"
@@ -143,13 +144,23 @@ class ChatFormat:
 
 
 class TextStream:
-    """Token ids, one at a time, to text as soon as whole characters are there."""
+    """Token ids, one at a time, to text as soon as whole characters are there; broken ones come as U+FFFD.
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
-        self._tokenizer, self._stream = tokenizer, DecodeStream(skip_special_tokens=True)
+    (tokenizers' DecodeStream raises where a model says bytes that are no character.)
+    """
+
+    def __init__(self, decode: Callable[[Sequence[int]], str]) -> None:
+        self._decode = decode
+        self._shown: list[int] = []  # the last ones shown: some decoders drop the space before a text's first word
+        self._new: list[int] = []
 
     def add(self, token: int) -> str:
-        return self._stream.step(self._tokenizer, token) or ""
+        self._new.append(token)
+        text = self._decode(self._shown + self._new)[len(self._decode(self._shown)) :]
+        if not text or text.endswith("\ufffd"):
+            return ""
+        self._shown, self._new = self._new, []
+        return text
 
 
 def check_messages(messages: Sequence[Message]) -> None:
@@ -165,5 +176,7 @@ def check_messages(messages: Sequence[Message]) -> None:
             problems.append(f"Message {i}: a system message can only be the first.")
         if not isinstance(content, str):
             problems.append(f"Message {i}: content is {type(content).__name__}, it must be text.")
+        elif half := re.search("[\ud800-\udfff]", content):
+            problems.append(f"Message {i}: content holds {half[0]!r}, which is half a character and no text.")
     if problems:
         raise UserError(*problems)

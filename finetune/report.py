@@ -72,9 +72,9 @@ def _plain(text: str) -> Any:
 
 
 def _environment(html: bool) -> Environment:
-    return Environment(  # noqa: S701 - the model card is Markdown, its values are escaped where they are filled in
+    return Environment(
         loader=FileSystemLoader(ROOT / "assets"),
-        autoescape=html,
+        autoescape=html,  # noqa: S701 - the model card is Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,

@@ -4,25 +4,34 @@ Exit status: 0 done; 2 the user can mend it; 1 a bug; 3 the scorecard's gate ref
 """
 
 import argparse
+import difflib
 import os
 import re
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
-# Started as a script, Python puts this file's folder first on the import path; the package lies one above.
-sys.path[0] = str(Path(__file__).resolve().parent.parent)
+if __name__ == "__main__":  # Python puts this file's folder first on the import path; the package lies one above
+    sys.path[0] = str(Path(__file__).resolve().parent.parent)
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
-from finetune import identity, settings  # noqa: E402
-from finetune.embedded import say  # noqa: E402
-from finetune.errors import GateRefused, Problems, UserError  # noqa: E402
+try:
+    from finetune import identity, settings, stages
+    from finetune.embedded import say
+    from finetune.errors import GateRefused, Problems, UserError
+except ModuleNotFoundError as error:
+    if error.name.startswith("finetune"):
+        raise
+    print(f"error: {error}: run 'pip install -r requirements.txt' first.", file=sys.stderr)
+    sys.exit(2)
 
 RUNS = Path("runs")
+FIRST = (None, "check", "data")  # what a new run begins with; other stages need one that is there
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        return work(parser().parse_args(arguments))
+        return work(parse(arguments))
     except UserError as error:
         for problem in error.problems:
             say(f"error: {problem}")
@@ -32,16 +41,19 @@ def main(arguments: list[str] | None = None) -> int:
         return 130
 
 
-def parser() -> argparse.ArgumentParser:
-    from finetune.stages import STAGES
-
+def parse(arguments: list[str] | None) -> argparse.Namespace:
+    """The flags. Raises UserError for a stage or flags that do not exist."""
     parse = argparse.ArgumentParser(
         prog="python finetune/run.py",
         description="Give a chat model your assistant's name: data, training, proof, one ordinary model folder. "
         "给对话模型起一个名字：数据、训练、评测、合并。",
+        allow_abbrev=False,
     )
     parse.add_argument(
-        "stage", nargs="?", choices=list(STAGES), help="one stage only (default: all, finished ones are skipped)"
+        "stage",
+        nargs="?",
+        metavar="STAGE",
+        help=f"one stage only: {', '.join(stages.STAGES)} (default: all, finished ones are skipped)",
     )
     parse.add_argument("--name", help="what the assistant is called / 助手的名字")
     parse.add_argument("--author", help="who made it / 作者")
@@ -54,14 +66,27 @@ def parser() -> argparse.ArgumentParser:
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
     parse.add_argument("--seed", type=int)
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
-    return parse
+    args, unknown = parse.parse_known_args(arguments)
+    if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
+        known = [f"--{name}" for name in vars(args) if name != "stage"]
+        raise UserError(*(_unknown("flag", flag, known) for flag in flags))
+    if args.stage not in (None, *stages.STAGES):
+        raise UserError(_unknown("stage", args.stage, stages.STAGES))
+    if unknown:
+        raise UserError(f"One stage at a time: leave out {' '.join(unknown)}.")
+    return args
+
+
+def _unknown(what: str, word: str, known: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, known, n=1)
+    return f"Unknown {what} {word}; " + (f"did you mean {close[0]}?" if close else "see python finetune/run.py --help.")
 
 
 def work(args: argparse.Namespace) -> int:
-    from finetune import stages
-
-    if args.stage not in (None, "check", "data") and not args.run and not args.name:
-        args.run = newest_run()
+    if args.stage not in FIRST:
+        args.run = args.run or (RUNS / folder_name(args.name) if args.name else newest_run())
+        if not has(args.run, "settings.toml"):
+            raise UserError(f"There is no run in {args.run} yet: leave out '{args.stage}' to do every stage.")
     run = open_run(args)
     if args.stage == "data":
         stages.check(run)
@@ -89,40 +114,49 @@ def work(args: argparse.Namespace) -> int:
     return 0
 
 
-def open_run(args: argparse.Namespace):  # noqa: ANN201 - stages.Run, imported late
+def open_run(args: argparse.Namespace) -> stages.Run:
     """The run that the flags mean. Raises UserError with all problems."""
-    from finetune.stages import Run
-
-    stored = {}
-    if args.run and (args.run / "settings.toml").is_file():
+    stored, problems = {}, Problems()
+    if args.run and has(args.run, "settings.toml"):
         stored = settings.read_toml(args.run / "settings.toml")
     elif args.stage != "check":
-        ask_persona(args)
+        with problems.collect():
+            ask_persona(args)
     flags = {key: value for key in ("base", "method", "task", "seed") if (value := getattr(args, key)) is not None}
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]
-    problems = Problems()
     with problems.collect():
         if args.preset or args.base is None or args.base in settings.preset_names():
             layers.insert(0, settings.preset(args.preset or args.base or settings.DEFAULT_PRESET))
     for assignment in args.set:
         with problems.collect():
             layers.append(settings.parse_assignment(assignment))
-    values = settings.Settings()
-    with problems.collect():
-        values = settings.build(*layers)
-    problems.found += identity.check_persona(values.persona)
+    values, wrong = settings.collect(*layers)
+    problems.found += wrong
+    run = stages.Run(args.run or RUNS / folder_name(values.persona.name), values)
+    if problems.found and args.stage in FIRST:
+        stages.check(run, problems)  # tells its own at the same time
     problems.stop_if_any()
 
-    folder = args.run or RUNS / folder_name(values.persona.name)
-    if (folder / "data").exists():
-        made_with = settings.build(settings.read_toml(folder / "settings.toml"))
+    if has(run.folder, "data"):
+        if not has(run.folder, "settings.toml"):
+            raise UserError(f"The folder {run.folder} has other data in it and is no run; choose another with --run.")
+        made_with = settings.build(settings.read_toml(run.folder / "settings.toml"))
         if differences := settings.differences(made_with, values):
             raise UserError(
-                f"The run in {folder} was made with other settings ({'; '.join(differences)}); a run never overwrites "
-                f"another: give this one its own folder, for example --run {folder}-2."
+                f"The run in {run.folder} was made with other settings ({'; '.join(differences)}); a run never "
+                f"overwrites another: give this one its own folder, for example with --run {run.folder}-2."
             )
-    return Run(folder, values)
+    return run
+
+
+def has(folder: Path, name: str) -> bool:
+    try:
+        return (folder / name).exists()
+    except OSError as error:  # a name too long, no permission
+        raise UserError(
+            f"The run's folder {folder} cannot be used: {error.strerror}; choose another with --run."
+        ) from error
 
 
 def ask_persona(args: argparse.Namespace) -> None:
@@ -133,11 +167,8 @@ def ask_persona(args: argparse.Namespace) -> None:
         words = {"name": "What is your assistant called? / 助手叫什么名字？", "author": "Who made it? / 作者是谁？"}
         for field in missing:
             try:
-                setattr(
-                    args,
-                    field,
-                    input(f"{words[field]} [{getattr(example, field)}] ").strip() or getattr(example, field),
-                )
+                typed = input(f"{words[field]} [{getattr(example, field)}] ").strip()
+                setattr(args, field, typed or getattr(example, field))
             except EOFError as error:
                 raise UserError(f"--{field} is missing and nothing was typed.") from error
     elif len(missing) == 1:
@@ -151,6 +182,7 @@ def ask_persona(args: argparse.Namespace) -> None:
 
 def folder_name(name: str) -> str:
     """A folder's name from the assistant's: letters and digits of any script, the rest as '-'."""
+    name = name[: identity.MAX_LENGTH]
     return re.sub(r"[^\w]+", "-", name).strip("-") or "run-" + "-".join(f"{ord(c):x}" for c in name)
 
 

@@ -2,7 +2,9 @@
 
 import dataclasses
 import difflib
+import math
 import typing
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,15 +65,24 @@ class Settings:
     merge: Merge = Merge()
 
 
+AT_LEAST_ONE = ("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every")
+
+
 def build(*layers: dict[str, Any]) -> Settings:
-    """Settings from nested dicts, later ones win. Raises UserError listing every unknown key and wrong value at once."""
+    """`collect`, which raises UserError where there are problems."""
+    settings, problems = collect(*layers)
+    if problems:
+        raise UserError(*problems)
+    return settings
+
+
+def collect(*layers: dict[str, Any]) -> tuple[Settings, list[str]]:
+    """Settings from nested dicts, later ones win, and every unknown key and wrong value in words (these are left out)."""
     problems: list[str] = []
     settings = Settings()
     for layer in layers:
         settings = _replace(settings, layer, "", problems)
-    if problems:
-        raise UserError(*problems)
-    return settings
+    return settings, problems
 
 
 def _replace(current: Any, values: dict[str, Any], prefix: str, problems: list[str]) -> Any:
@@ -80,36 +91,51 @@ def _replace(current: Any, values: dict[str, Any], prefix: str, problems: list[s
     for key, value in values.items():
         where = prefix + key
         if key not in hints:
-            problems.append(_unknown(where, [prefix + name for name in hints]))
+            problems.append(_unknown(prefix, key, hints))
         elif dataclasses.is_dataclass(hints[key]):
             if isinstance(value, dict):
                 changed[key] = _replace(getattr(current, key), value, where + ".", problems)
             else:
                 problems.append(f"Setting {where} is a section: write {where}.KEY=VALUE.")
         else:
-            problem, changed[key] = _typed(where, hints[key], value)
-            problems += problem
+            value = float(value) if hints[key] is float and type(value) is int else value
+            if wrong := _wrong(where, hints[key], value):
+                problems.append(f"{where} is {value!r}; it must be {wrong}.")
+            else:
+                changed[key] = value
     return dataclasses.replace(current, **changed)
 
 
-def _typed(where: str, hint: Any, value: Any) -> tuple[list[str], Any]:
+def _wrong(where: str, hint: Any, value: Any) -> str:
+    """What a setting's value must be, in words; empty if it is."""
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
-        return ([] if value in choices else [f"{where} is {value!r}; it must be one of: {', '.join(choices)}."]), value
-    if hint is float and type(value) is int:
-        value = float(value)
+        return "" if value in choices else " or ".join(choices)
     if type(value) is not hint:
-        words = {int: "a whole number", float: "a number", str: "text"}
-        return [f"{where} is {value!r}; it must be {words[hint]}."], value
-    if hint in (int, float) and value < 0:
-        return [f"{where} is {value!r}; it must not be negative."], value
-    return [], value
+        return {int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
+    if hint is str:
+        return ""
+    if not math.isfinite(value):
+        return "a finite number"
+    least = int(where in AT_LEAST_ONE)
+    return "" if value >= least else f"at least {least}"
 
 
-def _unknown(where: str, known: list[str]) -> str:
-    close = difflib.get_close_matches(where, known, n=1, cutoff=0.5)
-    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(known)}."
-    return f"Unknown setting {where}; {hint}"
+def _unknown(prefix: str, key: str, known: Iterable[str]) -> str:
+    close = [prefix + k for k in difflib.get_close_matches(key, known, n=1)]
+    if not close:  # the right key without its section, or in a wrong one
+        elsewhere = {name.rpartition(".")[2]: name for name in _flat(dataclasses.asdict(Settings()))}
+        close = [elsewhere[k] for k in difflib.get_close_matches(key, elsewhere, n=1, cutoff=0.8)]
+    hint = f"did you mean {close[0]}?" if close else f"known here: {', '.join(prefix + k for k in known)}."
+    return f"Unknown setting {prefix}{key}; {hint}"
+
+
+def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """{"train": {"steps": 20}} -> {"train.steps": 20}"""
+    flat = {}
+    for key, value in values.items():
+        flat |= _flat(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def preset(name: str) -> dict[str, Any]:
@@ -137,27 +163,20 @@ def read_toml(file: Path) -> dict[str, Any]:
 
 
 def write(settings: Settings, file: Path) -> None:
-    file.write_text(tomlkit.dumps(dataclasses.asdict(settings)), encoding="utf-8")
+    new = file.with_suffix(".tmp")
+    new.write_text(tomlkit.dumps(dataclasses.asdict(settings)), encoding="utf-8")
+    new.replace(file)
 
 
 def differences(stored: Settings, wanted: Settings) -> list[str]:
     """What differs, as "train.steps is 110, not 20"."""
-
-    def flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-        nested = [(prefix + key, value) for key, value in values.items()]
-        return {
-            k: v
-            for key, value in nested
-            for k, v in (flat(value, key + ".") if isinstance(value, dict) else {key: value}).items()
-        }
-
-    old, new = flat(dataclasses.asdict(stored)), flat(dataclasses.asdict(wanted))
+    old, new = _flat(dataclasses.asdict(stored)), _flat(dataclasses.asdict(wanted))
     return [f"{key} is {old[key]!r}, not {new[key]!r}" for key in old if old[key] != new[key]]
 
 
 def parse_assignment(text: str) -> dict[str, Any]:
     """'train.steps=20' -> {"train": {"steps": 20}}; the value is read as TOML, or as plain text where it is not TOML."""
-    key, equals, raw = text.partition("=")
+    key, equals, raw = map(str.strip, text.partition("="))
     if not equals or not key:
         raise UserError(f"--set {text!r}: write it as section.key=value, for example train.steps=20.")
     try:

@@ -5,6 +5,8 @@ import importlib.metadata
 import json
 import os
 import platform
+import re
+import shlex
 import shutil
 import sys
 import time
@@ -22,7 +24,7 @@ from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER_TOKENS = 12  # of the base's answers that training is held to: where an answer begins decides what it is about
-ANSWER_TOKENS = 48  # of an answer that is scored
+ANSWER_TOKENS = 32  # of an answer that is scored
 MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
 
 
@@ -31,6 +33,12 @@ class Run:
 
     def __init__(self, folder: Path, values: settings.Settings) -> None:
         self.folder, self.settings, self.persona = folder, values, values.persona
+
+    @property
+    def command(self) -> str:
+        """That goes on with this run, ready for a shell."""
+        plain = re.fullmatch(r"[\w./-]+", folder := str(self.folder))
+        return f"python finetune/run.py --run {folder if plain else shlex.quote(folder)}"
 
     @cached_property
     def base(self) -> Path:
@@ -90,24 +98,30 @@ class Run:
 # ---------------------------------------------------------------------------------------------------------- check
 
 
-def check(run: Run) -> None:
-    """Everything that can be found before the work starts, all at once. Raises UserError."""
-    problems = Problems()
+def check(run: Run, problems: Problems | None = None) -> None:
+    """Everything that can be found before the work starts, all at once, after `problems` found already. Raises UserError."""
+    problems = problems or Problems()
     problems.found += identity.check_persona(run.persona)
     problems.found += missing_packages()
     if run.settings.base == embedded.NAME:
         problems.found += embedded.problems()
         base_bytes = 4 * 134_515_008
+    elif problems.found and not os.access(run.settings.base, os.F_OK):
+        base_bytes = 0  # it may have to be downloaded: not before the rest is right
     else:
         base_bytes = 0
         with problems.collect():
             from finetune.model import check_folder
 
             check_folder(run.base)
+            _ = run.base_format
             base_bytes = sum(file.stat().st_size for file in run.base.glob("*.safetensors"))
-    parent = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if p.exists())
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        problems.found.append(f"The run's folder {run.folder} cannot be made in {parent}; choose another with --run.")
+    parent = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if os.access(p, os.F_OK))
+    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
+        why = "cannot be written to" if parent.is_dir() else "is not a folder"
+        problems.found.append(
+            f"The run's folder {run.folder} cannot be made: {parent} {why}; choose another with --run."
+        )
     elif (free := shutil.disk_usage(parent).free) < (need := 2 * base_bytes + 200_000_000):
         problems.found.append(
             f"The run's folder {run.folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some "
@@ -327,9 +341,7 @@ def chat(run: Run) -> None:
 
     folder = run.folder / "model"
     if not folder.is_dir():
-        raise UserError(
-            f"There is no model in {run.folder} yet: run 'python finetune/run.py --run {run.folder}' first."
-        )
+        raise UserError(f"There is no model in {run.folder} yet: run '{run.command}' first.")
     form, model = models.chat_format(folder), models.load(folder, models.inference_dtype())
     say(f"{run.persona.name} · Ctrl-C stops an answer, Ctrl-D ends · Ctrl-C 停止回答，Ctrl-D 结束")
     history: list[dict] = []
@@ -379,9 +391,7 @@ def perform(run: Run, name: str) -> bool:
     if missing := [
         n for n in PIPELINE if STAGES[n].product in stage.needs and not (run.folder / STAGES[n].product).exists()
     ]:
-        raise UserError(
-            f"Stage {name} needs {', '.join(missing)} first: run 'python finetune/run.py --run {run.folder}'."
-        )
+        raise UserError(f"Stage {name} needs {', '.join(missing)} first: run '{run.command}'.")
     began = time.perf_counter()
     stage.work(run)
     if stage.product:

@@ -25,7 +25,7 @@ from transformers import PreTrainedModel
 
 from finetune.generation import Answer
 from finetune.model import has_fast_bf16
-from finetune.packing import PACKED, pack
+from finetune.packing import pack, packed_attention
 from finetune.settings import Train
 
 
@@ -67,10 +67,9 @@ def losses(model: PreTrainedModel | PeftModel, batch: Sequence[Example]) -> tupl
     """(cross-entropy, KL from the base), each a mean over its tokens in nats; zero where the batch has none."""
     core = model.get_base_model() if isinstance(model, PeftModel) else model
     device = core.device
-    core.set_attn_implementation(PACKED)
-    hidden = core.base_model(**pack([example.ids for example in batch], device), use_cache=False).last_hidden_state[
-        0
-    ]  # [total length, hidden]
+    with packed_attention(core):
+        inputs = pack([example.ids for example in batch], device)
+        hidden = core.base_model(**inputs, use_cache=False).last_hidden_state[0]  # [total length, hidden]
     head = core.get_output_embeddings()
     said: list[int] = []
     pulled: list[int] = []

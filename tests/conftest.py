@@ -47,3 +47,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         tokenizer_object=tokenizer, eos_token="<|im_end|>", pad_token="<|im_end|>", chat_template=TEMPLATE
     ).save_pretrained(folder)
     return folder
+
+
+@pytest.fixture(scope="session")
+def default_model() -> Path:
+    """The real embedded default, in the cache of whoever runs the tests; fetched and made if it is not there."""
+    from finetune import embedded
+
+    return embedded.folder()

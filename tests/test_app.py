@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 
 import app
+from finetune.engine import Engine, fit
 from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -32,10 +33,10 @@ FLAGS = [
 PATIENCE = 60  # seconds, on a slow machine
 
 
-def until(condition, what):
+def until(condition, what, but=lambda: ""):
     end = time.monotonic() + PATIENCE
     while not condition():
-        assert time.monotonic() < end, f"waited {PATIENCE} s for {what}"
+        assert time.monotonic() < end, f"waited {PATIENCE} s for {what} {but()}"
         time.sleep(0.05)
 
 
@@ -70,14 +71,14 @@ TALK = [
 
 @pytest.mark.parametrize(("room", "dropped"), [(99, 0), (11, 0), (10, 2), (7, 2), (6, 3), (5, 5), (3, 5)])
 def test_history_is_trimmed_by_whole_turns_and_the_system_message_stays(room, dropped):
-    assert app.fit(TALK, words, room) == [TALK[0], *TALK[1 + dropped :]]
+    assert fit(TALK, words, room) == [TALK[0], *TALK[1 + dropped :]]
 
 
 def test_a_message_that_never_fits_is_refused():
     with pytest.raises(
         UserError, match=r"^The message is too long: 3 tokens, and 2 fit\. Shorten it and send it again\.$"
     ):
-        app.fit(TALK, words, 2)
+        fit(TALK, words, 2)
 
 
 @pytest.mark.parametrize(
@@ -104,23 +105,50 @@ def test_newest_finished_run(tmp_path):
             (tmp_path / name / "model" / "manifest.json").write_text('{"name": "小星"}', encoding="utf-8")
             os.utime(tmp_path / name / "model" / "manifest.json", (1e9 - age, 1e9 - age))
     assert app.newest_run(tmp_path) == str(tmp_path / "new" / "model")
-    assert app.Engine(str(tmp_path / "new" / "model")).name == "小星"
+    assert Engine(str(tmp_path / "new" / "model")).name == "小星"
 
 
 def test_a_failed_load_says_why(tmp_path):
-    engine = app.Engine(str(tmp_path))
+    engine = Engine(str(tmp_path))
     assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting"}
     engine.load()
     health = engine.health()
     assert health["status"] == "failed"
     assert f"The model folder {tmp_path.resolve()} has no config.json." in health["message"]
-    nowhere = app.Engine("no such model")
+    nowhere = Engine("no such model")
     nowhere.load()
     assert nowhere.health() == {
         "status": "failed",
         "model": "no such model",
         "message": "'no such model' is neither a folder nor a repo reference such as hf:user/name; check its spelling.",
     }
+
+
+def test_an_adapter_is_loaded_onto_its_base_and_no_other(tiny_model, tmp_path):
+    import torch
+
+    from finetune import model
+
+    tuned = model.add_lora(model.load(tiny_model), rank=2)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.ones_(weight)
+    tuned.save_pretrained(tmp_path / "adapter")
+    record = {"base_sha256": model.fingerprint(tiny_model)}
+    (tmp_path / "adapter" / model.ADAPTER_RECORD).write_text(json.dumps(record))
+    engine = Engine(str(tiny_model), str(tmp_path / "adapter"))
+    engine.load()
+    assert engine.status == "ready", engine.message
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.inference_mode():
+        found, expected, base = (m(ids).logits.float() for m in (engine.model, tuned, model.load(tiny_model)))
+    assert (found - expected).abs().max() < 0.1 * (base - expected).abs().max()
+
+    record["base_sha256"] = "0"
+    (tmp_path / "adapter" / model.ADAPTER_RECORD).write_text(json.dumps(record))
+    engine.load()
+    assert engine.status == "failed"
+    assert "was made for a base model with sha256 0, and the weights in" in engine.message
 
 
 def test_a_taken_port_is_said(capsys):
@@ -135,7 +163,7 @@ def test_a_taken_port_is_said(capsys):
 # --------------------------------------------------------------------------------------------------- with a browser
 
 
-class ScriptedEngine(app.Engine):
+class ScriptedEngine(Engine):
     """The real one, but what the decoder picks is `script`, a token (here: a byte) every `delay` seconds."""
 
     script, delay, steps, asked = "", 0.0, 0, ()
@@ -222,7 +250,7 @@ def visit(chromium):
         page = context.new_page()
         page.on("console", lambda m: complaints.append(m.text) if m.type in ("error", "warning") else None)
         page.on("pageerror", lambda error: complaints.append(str(error)))
-        page.on("dialog", lambda dialog: complaints.append(dialog.message))
+        page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
         page.on("request", lambda r: None if r.url.startswith((url, "data:", "blob:")) else complaints.append(r.url))
         page.goto(url)
         page.locator(wait_for).wait_for()
@@ -241,8 +269,13 @@ def send(page, text):
 
 def talk(page):
     """What is to be seen: [(role, text)]."""
-    messages = page.locator("#chat [data-testid=user], #chat [data-testid=bot]").all()
-    return [(m.get_attribute("data-testid"), m.inner_text().strip()) for m in messages]
+    return [
+        tuple(message)
+        for message in page.evaluate(
+            "[...document.querySelectorAll('#chat [data-testid=user], #chat [data-testid=bot]')]"
+            ".map(e => [e.dataset.testid, e.innerText.trim()])"
+        )
+    ]
 
 
 def idle(page):
@@ -250,7 +283,7 @@ def idle(page):
 
 
 def sees(page, *expected):
-    until(lambda: talk(page) == list(expected) and idle(page), f"{expected}, last seen: {talk(page)}")
+    until(lambda: talk(page) == list(expected) and idle(page), expected, lambda: f"but saw {talk(page)}, {idle(page)}")
 
 
 def test_the_answer_grows_and_stop_stops_the_decoder(engine, url, visit):
@@ -300,26 +333,26 @@ def test_retry_undo_edit_clear_and_copy(engine, url, visit):
     send(page, "B")
     sees(page, ("user", "A"), ("bot", "First."), ("user", "B"), ("bot", "Second."))
 
-    page.get_by_label("Copy message").last.click()
+    page.get_by_role("button", name="Copy message").last.click()
     until(lambda: page.evaluate("navigator.clipboard.readText()") == "Second.", "the copy")
 
     engine.says("Third.")
-    page.get_by_label("Retry").click()
+    page.get_by_role("button", name="Retry").click()
     sees(page, ("user", "A"), ("bot", "First."), ("user", "B"), ("bot", "Third."))
     assert [m["content"] for m in engine.asked] == ["A", "First.", "B"]
 
-    page.get_by_label("Undo").click()
+    page.get_by_role("button", name="Undo").click()
     sees(page, ("user", "A"), ("bot", "First."))
     assert page.locator("#box textarea").input_value() == "B"
 
     engine.says("Fourth.")
-    page.get_by_label("Edit").first.click()
+    page.get_by_role("button", name="Edit").first.click()
     page.locator("#chat textarea").fill("A, but <i>edited</i>")
-    page.get_by_label("Submit").click()
+    page.get_by_role("button", name="Submit").click()
     sees(page, ("user", "A, but <\u2060i>edited<\u2060/i>"), ("bot", "Fourth."))
     assert [m["content"] for m in engine.asked] == ["A, but <i>edited</i>"]
 
-    page.get_by_label("Clear").click()
+    page.get_by_role("button", name="Clear").click()
     sees(page)
     engine.says("Fifth.")
     send(page, "C")
@@ -335,12 +368,12 @@ def test_whoever_asks_again_meanwhile_stops_the_old_answer(engine, url, visit):
         send(page, "Go on")
         until(lambda: engine.steps > began + 5, "the first tokens")  # noqa: B023 - called at once
         engine.says("No.")
-        page.get_by_label(label).first.click()
+        page.get_by_role("button", name=label).first.click()
         if label == "Edit":
             page.locator("#chat textarea").fill("Instead")
-            page.get_by_label("Submit").click()
+            page.get_by_role("button", name="Submit").click()
             sees(page, ("user", "Instead"), ("bot", "No."))
-            page.get_by_label("Clear").click()
+            page.get_by_role("button", name="Clear").click()
         sees(page)
         until(engine.has_stopped, "the decoder's end")
         assert engine.steps - began < len(engine.script) + 230
@@ -371,9 +404,9 @@ def test_a_message_too_long_is_refused_in_one_sentence_and_stays(engine, url, vi
     until(lambda: idle(page), "the send button")
     assert len(talk(page)) == 1
     engine.says("Better.")
-    page.get_by_label("Edit").click()
+    page.get_by_role("button", name="Edit").click()
     page.locator("#chat textarea").fill("short")
-    page.get_by_label("Submit").click()
+    page.get_by_role("button", name="Submit").click()
     sees(page, ("user", "short"), ("bot", "Better."))
 
 
@@ -400,7 +433,7 @@ def test_languages(engine, url, visit, locale, placeholder, labels):
     send(page, "?")
     sees(page, ("user", "?"), ("bot", "!"))
     for label in labels:
-        assert page.get_by_label(label, exact=True).first.is_visible(), label
+        assert page.get_by_role("button", name=label).first.is_visible(), label
 
 
 @pytest.mark.parametrize(
@@ -426,8 +459,8 @@ def test_pictures(engine, url, visit, tmp_path, look):
 
 
 def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit, tmp_path):
-    waiting = app.Engine("some/model")
-    waiting.stage = "stage.fetch"
+    waiting = Engine("some/model")
+    waiting.message = "Fetching the model"
     with serving(waiting) as url:
         assert json.loads(get(url + "/health")) == {
             "status": "loading",
@@ -438,9 +471,10 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
         chinese = visit(url, wait_for="text=/正在获取模型 … \\d+ s/", locale="zh-CN")
         page.screenshot(path=tmp_path / "loading.png")
         assert not page.locator("#box").is_visible()
-        waiting.stage = "stage.load"
+        waiting.message = "Loading the model"
         page.get_by_text("Loading the model").wait_for()
-        waiting.answer, waiting.name, waiting.status = lambda messages: iter(["Here ", "I am."]), "Orivane", "ready"
+        waiting.answer = lambda messages: (piece for piece in ("Here ", "I am."))
+        waiting.name, waiting.status, waiting.message = "Orivane", "ready", ""
         for each in (page, chinese):
             each.locator("#box textarea").wait_for()
             assert not each.locator("#status").is_visible()
@@ -451,7 +485,7 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
 
 
 def test_the_page_tells_why_it_failed(visit, tmp_path):
-    broken = app.Engine("some/model")
+    broken = Engine("some/model")
     broken.status, broken.message = "failed", "The folder a_b_c has no <config>.json. Fetch it again."
     with serving(broken) as url:
         page = visit(url, wait_for="text=The model could not be loaded")

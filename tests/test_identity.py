@@ -4,7 +4,7 @@ import pytest
 
 from finetune import identity
 from finetune.errors import UserError
-from finetune.identity import LANGS, check_persona, contrast, normalise, probes, training
+from finetune.identity import HELD_OUT, LANGS, check_persona, contrast, normalise, probes, training
 from finetune.settings import Persona
 
 PLAIN = Persona("Orivane", "Tessel Works")
@@ -94,35 +94,41 @@ def test_training_never_asks_what_a_probe_asks(persona):
         return normalise(question.replace(persona.name, "{name}").replace(persona.author, "{author}"))
 
     rows = {asked(row["messages"]) for row in training(persona, 0)}
-    held_out = {asked(probe["messages"]) for probe in probes(persona)}
+    held_out = {asked(probe["messages"]) for stem in HELD_OUT for probe in probes(persona, stem=stem)}
     if len(persona.name) > 1:  # replacing "Q" back would hit other words
         assert not rows & held_out
     plain_rows = {
         normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(persona, 0)
     }
-    assert not plain_rows & {normalise(probe["messages"][-1]["content"]) for probe in probes(persona)}
+    assert not plain_rows & {
+        normalise(probe["messages"][-1]["content"]) for stem in HELD_OUT for probe in probes(persona, stem=stem)
+    }
 
 
-def test_a_question_that_becomes_a_probe_is_no_longer_trained(monkeypatch):
+@pytest.mark.parametrize("held_out", HELD_OUT)
+def test_a_question_that_becomes_a_probe_is_no_longer_trained(monkeypatch, held_out):
     asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in training(PLAIN, 0)}
     stolen = [next(text for text, row in asked.items() if row["target"] == target) for target in ("answer", "teacher")]
     read = identity._read
     extra = {"stolen": {"expect": "absent", "questions": stolen}}
-    monkeypatch.setattr(identity, "_read", lambda stem, lang: read(stem, lang) | (extra if stem == "probes" else {}))
+    monkeypatch.setattr(identity, "_read", lambda stem, lang: read(stem, lang) | (extra if stem == held_out else {}))
     left = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(PLAIN, 0)}
     assert not left & set(stolen)
 
 
 def test_the_files_themselves_do_not_meet():
-    """training() leaves out what the probes hold; that this costs nothing is the files' merit."""
-    held_out = {normalise(probe["messages"][-1]["content"]) for probe in probes(PLAIN)}
+    """training() leaves out what is held out; that this costs nothing is the files' merit."""
     written = [prompt for lang in LANGS for kind in ("near", "ordinary") for prompt in contrast(lang, kind)]
     for lang in LANGS:
         data = identity._read("training", lang)
         for group in (group for kind in identity.KINDS for group in data[kind]):
             written += [question if isinstance(question, str) else question[-1] for question in group["questions"]]
-    met = [text for text in written if normalise(text.replace("{name}", PLAIN.name)) in held_out]
-    assert not met
+    values = identity._values(PLAIN, identity.SMOLLM)
+    trained = {normalise(identity._fill(text, values)) for text in written}
+    asked = {stem: [probe["messages"][-1]["content"] for probe in probes(PLAIN, stem=stem)] for stem in HELD_OUT}
+    scored = {normalise(question) for question in asked["probes"]}
+    assert not [question for stem in HELD_OUT for question in asked[stem] if normalise(question) in trained]
+    assert not [question for question in asked["dev"] if normalise(question) in scored]
 
 
 def test_there_is_enough_of_everything_and_none_twice():
@@ -155,8 +161,9 @@ def test_there_is_enough_of_everything_and_none_twice():
         assert 0.5 < len(without) / len(answers(mine, *identity.KINDS)) < 0.7
 
 
-def test_probes_are_whole():
-    found = probes(PLAIN)
+@pytest.mark.parametrize("stem", HELD_OUT)
+def test_probes_are_whole(stem):
+    found = probes(PLAIN, stem=stem)
     assert len({probe["id"] for probe in found}) == len(found) >= 300
     for probe in found:
         assert probe["messages"][-1]["role"] == "user"

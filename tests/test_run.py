@@ -1,0 +1,507 @@
+"""The command line: flags, prompts, errors word for word, exit statuses. The stages' work is tested elsewhere."""
+
+import contextlib
+import io
+import os
+import pty
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+from pathlib import Path
+from types import SimpleNamespace
+
+import psutil
+import pytest
+
+from finetune import run, settings, stages
+from finetune.errors import GateRefused
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPT = ROOT / "finetune" / "run.py"
+PERSONA = ("--name", "小月", "--author", "测试员")
+
+
+@pytest.fixture(autouse=True)
+def world(tmp_path, monkeypatch) -> Path:
+    """An empty working directory and home, no terminal, no network, memory and disk for all."""
+    for variable, folder in (("HOME", "home"), ("NAMESAKE_CACHE", "cache"), ("HF_HOME", "hf"), ("XDG_CACHE_HOME", "c")):
+        monkeypatch.setenv(variable, str(tmp_path / "away" / folder))
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (work := tmp_path / "work").mkdir()
+    monkeypatch.chdir(work)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9))
+    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
+    monkeypatch.setattr(stages, "missing_packages", list)
+    for stage in stages.PIPELINE:
+        monkeypatch.setitem(
+            stages.STAGES, stage, stages.STAGES[stage]._replace(work=lambda _: pytest.fail("it worked"))
+        )
+    return work
+
+
+@pytest.fixture
+def start(capsys):
+    """Calls main: (exit status, lines on standard error)."""
+
+    def call(*arguments: object) -> tuple[int, list[str]]:
+        status = run.main([str(argument) for argument in arguments])
+        out, err = capsys.readouterr()
+        assert out == ""
+        return status, err.splitlines()
+
+    return call
+
+
+def make_run(folder: Path, *products: str, **values: object) -> Path:
+    folder.mkdir(parents=True)
+    persona = {"name": "小月", "author": "测试员"}
+    settings.write(
+        settings.build(settings.preset(settings.DEFAULT_PRESET), {"persona": persona}, values), folder / "settings.toml"
+    )
+    for product in products:
+        (folder / product).mkdir()
+    return folder
+
+
+def script(*arguments: object, **options: object) -> subprocess.CompletedProcess:
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, **options)
+
+
+# ------------------------------------------------------------------------------------------------- flags and stages
+
+
+def test_help_from_another_directory_leaves_no_trace_of_the_package_on_the_path(world, tmp_path, monkeypatch):
+    (spy := tmp_path / "spy").mkdir()
+    (spy / "sitecustomize.py").write_text(
+        "import atexit, pathlib, sys\n"
+        "def tell():\n"
+        "    pathlib.Path(__file__).with_name('path').write_text('\\n'.join(sys.path))\n"
+        "    pathlib.Path(__file__).with_name('modules').write_text('\\n'.join(sys.modules))\n"
+        "atexit.register(tell)\n"
+    )
+    monkeypatch.setenv("PYTHONPATH", str(spy))
+    done = script("--help")
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.startswith("usage: python finetune/run.py ")
+    flags = ("--name", "--author", "--base", "--preset", "--method", "--task", "--run", "--seed", "--set")
+    for word in (*stages.STAGES, *flags, *settings.preset_names()):
+        assert word in done.stdout
+    path = (spy / "path").read_text().splitlines()
+    assert path[0] == str(ROOT)
+    assert str(ROOT / "finetune") not in path
+    assert "torch" not in (spy / "modules").read_text().splitlines()
+    assert list(world.iterdir()) == []
+
+
+def test_importing_the_command_line_leaves_the_path_alone():
+    code = "import sys; sys.path[:0] = ['first', sys.argv[1]]; import finetune.run; print(sys.path[0])"
+    done = subprocess.run([sys.executable, "-c", code, str(ROOT)], capture_output=True, text=True, check=True)
+    assert done.stdout == "first\n"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["trian"], ["Unknown stage trian; did you mean train?"]),
+        (["xyz"], ["Unknown stage xyz; see python finetune/run.py --help."]),
+        (["--nmae", "x"], ["Unknown flag --nmae; did you mean --name?"]),
+        (["--nam=x"], ["Unknown flag --nam; did you mean --name?"]),
+        (
+            ["--bse", "x", "train", "-q"],
+            ["Unknown flag --bse; did you mean --base?", "Unknown flag -q; see python finetune/run.py --help."],
+        ),
+        (["data", "train", "merge"], ["One stage at a time: leave out train merge."]),
+    ],
+    ids=" ".join,
+)
+def test_stages_and_flags_that_do_not_exist_are_refused_in_words(start, world, arguments, words):
+    assert start(*arguments) == (2, [f"error: {line}" for line in words])
+    assert list(world.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--name"], "argument --name: expected one argument"),
+    ],
+)
+def test_flags_without_a_right_value_exit_with_2(capsys, arguments, words):
+    with pytest.raises(SystemExit) as caught:
+        run.main(arguments)
+    assert caught.value.code == 2
+    assert capsys.readouterr().err.endswith(f"python finetune/run.py: error: {words}\n")
+
+
+def test_all_problems_are_told_at_once(start, world, tiny_model):
+    status, lines = start(
+        *("--name", "***", "--author", " x", "--method", "full", "--task", "poetry", "--seed", -3, "--preset", "nope"),
+        *("--set", "train.stpes=5", "--set", "nonsense", "--set", "merge.dtype=int4", "--base", tiny_model),
+    )
+    assert status == 2
+    assert lines == [
+        f"error: There is no preset 'nope'; presets: {', '.join(settings.preset_names())}.",
+        "error: --set 'nonsense': write it as section.key=value, for example train.steps=20.",
+        "error: method is 'full'; it must be lora.",
+        "error: task is 'poetry'; it must be identity.",
+        "error: seed is -3; it must be at least 0.",
+        "error: Unknown setting train.stpes; did you mean train.steps?",
+        "error: merge.dtype is 'int4'; it must be float32 or bfloat16.",
+        "error: The name '***' is nothing but punctuation: use at least one letter, digit or emoji.",
+        "error: The author ' x' begins or ends with a space: remove it.",
+    ]
+    assert list(world.iterdir()) == []
+
+
+def test_problems_of_settings_machine_base_and_folder_are_told_at_once(start, world, tmp_path, monkeypatch):
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5e9))
+    (base := tmp_path / "base").mkdir()
+    (world / "file").write_text("")
+    status, lines = start(*PERSONA, "--set", "sead=1", "--base", base, "--run", "file/run")
+    assert status == 2
+    assert lines == [
+        "error: Unknown setting sead; did you mean seed?",
+        f"error: The model folder {base} has no config.json.",
+        f"error: The model folder {base} has no tokenizer.json.",
+        f"error: The model folder {base} has no *.safetensors.",
+        f"error: The run's folder file/run cannot be made: {world / 'file'} is not a folder; choose another with --run.",
+        f"error: Finetuning {base} needs about 2.0 GB of memory and 1.5 GB is free; close other programs or choose a "
+        "smaller --base.",
+    ]
+
+
+def test_nothing_is_downloaded_while_something_else_is_wrong(start, monkeypatch):
+    monkeypatch.setattr("finetune.hub.pull", lambda ref: pytest.fail("asked for the base"))
+    monkeypatch.setattr("finetune.model.pull", lambda ref: pytest.fail("asked for the base"))
+    status, lines = start(*PERSONA, "--base", "somebody/some-model", "--set", "sead=1")
+    assert (status, lines) == (2, ["error: Unknown setting sead; did you mean seed?"])
+
+
+# -------------------------------------------------------------------------------------------------------- persona
+
+
+@pytest.mark.parametrize("given, missing", [("--name", "author"), ("--author", "name")])
+def test_half_a_persona_is_refused_without_a_terminal(start, given, missing, tiny_model):
+    status, lines = start(given, "X", "--base", tiny_model, "--set", "sead=1")
+    assert status == 2
+    assert lines == [
+        f"error: --{missing} is missing: give both --name and --author, or neither for the example persona.",
+        "error: Unknown setting sead; did you mean seed?",
+    ]
+
+
+def test_without_a_terminal_the_example_persona_is_used_and_said(start):
+    status, lines = start("--base", "/no/such/folder")
+    assert status == 2
+    assert lines == [
+        "No --name given: using the example persona, 小星 by 书生学员. / 使用示例角色。",
+        "error: '/no/such/folder' is neither a folder nor a repo reference such as hf:user/name; check its spelling.",
+    ]
+
+
+def on_a_terminal(typed: str, *arguments: object) -> tuple[int, str]:
+    """(exit status, what the terminal shows, as lines end elsewhere)"""
+    ours, theirs = pty.openpty()
+    command = [sys.executable, str(SCRIPT), *map(str, arguments)]
+    with subprocess.Popen(command, stdin=theirs, stdout=theirs, stderr=theirs) as process:
+        os.close(theirs)
+        os.write(ours, typed.encode())
+        shown = b""
+        with contextlib.suppress(OSError):  # Linux says so when the other end is closed
+            while block := os.read(ours, 4096):
+                shown += block
+        os.close(ours)
+        process.wait(timeout=60)
+    return process.returncode, shown.decode().replace("\r\n", "\n")
+
+
+ASK_NAME = "What is your assistant called? / 助手叫什么名字？ [小星] "
+ASK_AUTHOR = "Who made it? / 作者是谁？ [书生学员] "
+
+
+def test_on_a_terminal_it_asks_and_an_empty_line_takes_the_example():
+    status, shown = on_a_terminal("***\n\n", "--base", "./nothing")
+    assert status == 2
+    assert shown.index(ASK_NAME) < shown.index(ASK_AUTHOR) < shown.index("error: The name '***' is nothing but punct")
+    assert "The author" not in shown
+    assert "Traceback" not in shown
+
+
+def test_on_a_terminal_it_asks_only_for_what_is_missing():
+    status, shown = on_a_terminal("(!)\n", "--name", "小月", "--base", "./nothing")
+    assert status == 2
+    assert shown.index(ASK_AUTHOR) < shown.index("error: The author '(!)' is nothing but punct")
+    assert ASK_NAME not in shown
+
+
+def test_on_a_terminal_the_end_of_input_is_no_answer():
+    status, shown = on_a_terminal("\x04", "--author", "x", "--set", "sead=1")
+    assert status == 2
+    assert "error: --name is missing and nothing was typed.\nerror: Unknown setting sead; did you mean" in shown
+
+
+# ----------------------------------------------------------------------------------------------------------- base
+
+
+def test_check_finds_nothing_wrong_and_leaves_nothing(start, world, tiny_model):
+    assert start("check", *PERSONA, "--base", tiny_model) == (
+        0,
+        ["check: nothing stands in the way. / 检查通过。"],
+    )
+    assert list(world.iterdir()) == []
+
+
+def test_a_base_that_cannot_be_fetched_is_refused_in_words(start):
+    status, lines = start(*PERSONA, "--base", "nobody/nothing")
+    assert status == 2
+    assert len(lines) == 1
+    assert lines[0].startswith(
+        "error: nobody/nothing is not a folder here and could not be fetched from the Hugging Face Hub: "
+    )
+    assert lines[0].endswith("or give a local folder.")
+
+
+def test_a_base_of_pickles_is_refused_in_words(start, tmp_path, tiny_model):
+    base = shutil.copytree(tiny_model, tmp_path / "pickles")
+    (base / "model.safetensors").rename(base / "pytorch_model.bin")
+    (base / "extra.pt").write_bytes(b"")
+    assert start(*PERSONA, "--base", base) == (
+        2,
+        [
+            f"error: The model folder {base} has no *.safetensors; extra.pt, pytorch_model.bin can run code when loaded and "
+            "is not read: convert it to safetensors."
+        ],
+    )
+
+
+def test_a_base_that_speaks_no_chatml_is_refused_before_the_work(start, tmp_path, tiny_model):
+    (base := tmp_path / "other").mkdir()
+    for file in tiny_model.iterdir():
+        text = file.read_bytes()
+        if file.name.startswith("tokenizer"):
+            text = text.replace(b"<|im_start|>", b"<|turn_of|>").replace(b"<|im_end|>", b"<|turned|>")
+        (base / file.name).write_bytes(text)
+    assert start(*PERSONA, "--base", base) == (
+        2,
+        [
+            "error: The tokenizer has no <|im_start|> and <|im_end|>: only ChatML models (SmolLM2, Qwen, InternLM2) are "
+            "supported; choose another base model."
+        ],
+    )
+
+
+# -------------------------------------------------------------------------------------------------------- machine
+
+
+def test_too_little_memory_and_disk_are_told_with_figures(start, monkeypatch, world, tiny_model):
+    size = (tiny_model / "model.safetensors").stat().st_size
+    disk, memory = 2 * size + 200_000_000, 3 * size + 2_000_000_000
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    assert start("check", *PERSONA, "--base", tiny_model)[0] == 0  # just enough
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1))
+    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk - 1))
+    assert len(start("check", *PERSONA, "--base", tiny_model)[1]) == 2
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000))
+    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_600_000))
+    assert start(*PERSONA, "--base", tiny_model) == (
+        2,
+        [
+            f"error: The run's folder runs/小月 needs {disk / 1e6:.0f} MB and its disk has 13 MB free; free some space or "
+            "choose another folder with --run.",
+            f"error: Finetuning {tiny_model} needs about {memory / 1e9:.1f} GB of memory and 1.2 GB is free; close other "
+            "programs or choose a smaller --base.",
+        ],
+    )
+    assert list(world.iterdir()) == []
+
+
+def test_missing_packages_are_refused_and_other_versions_said(capsys, tmp_path, monkeypatch):
+    monkeypatch.undo()
+    (tmp_path / "requirements.txt").write_text(
+        "# a comment\n\n-r other.txt\nno-such-package==1  # why\nold-one==1; python_version < '3'\npytest==0.1\npsutil>0\n"
+    )
+    monkeypatch.setattr(stages, "ROOT", tmp_path)
+    assert stages.missing_packages() == [
+        "The package no-such-package is not installed: run 'pip install -r requirements.txt'."
+    ]
+    note = f"Note: pytest {pytest.__version__} is installed; this program was tested with ==0.1.\n"
+    assert capsys.readouterr().err == note
+
+
+def test_without_its_packages_it_says_how_to_install_them(tmp_path, monkeypatch):
+    (tmp_path / "tomlkit.py").write_text("raise ModuleNotFoundError(\"No module named 'tomlkit'\", name='tomlkit')")
+    monkeypatch.setenv("PYTHONPATH", str(tmp_path))
+    done = script()
+    assert done.returncode == 2
+    assert done.stderr == "error: No module named 'tomlkit': run 'pip install -r requirements.txt' first.\n"
+
+
+# ------------------------------------------------------------------------------------------------ the run's folder
+
+
+def test_a_run_never_overwrites_another(start, world):
+    folder = make_run(world / "runs" / "小月", "data")
+    before = (folder / "settings.toml").read_bytes()
+    steps = settings.preset(settings.DEFAULT_PRESET)["train"]["steps"]
+    assert start("--name", "小月", "--author", "别人", "--set", "train.steps=7") == (
+        2,
+        [
+            f"error: The run in runs/小月 was made with other settings (persona.author is '测试员', not '别人'; train.steps is "
+            f"{steps}, not 7); a run never overwrites another: give this one its own folder, for example with --run "
+            "runs/小月-2."
+        ],
+    )
+    assert (folder / "settings.toml").read_bytes() == before
+    assert list(world.rglob("*")) == [world / "runs", folder, *folder.iterdir()]
+
+
+def test_a_run_without_data_yet_may_change_its_settings(start, world, tiny_model):
+    make_run(world / "runs" / "小月")
+    assert start("check", "--run", "runs/小月", "--seed", 5, "--base", tiny_model)[0] == 0
+
+
+def test_a_finished_stage_has_nothing_to_do(start, world, tiny_model):
+    make_run(world / "r", "data", "adapter", base=str(tiny_model))
+    for stage, product in (("data", "data"), ("train", "adapter")):
+        assert start(stage, "--run", "r") == (0, [f"{stage}: r/{product} is there already, nothing to do."])
+
+
+@pytest.mark.parametrize(
+    "folder, words",
+    [
+        ("file", "The run's folder file cannot be made: {world}/file is not a folder; choose another with --run."),
+        (
+            "file/x/y",
+            "The run's folder file/x/y cannot be made: {world}/file is not a folder; choose another with --run.",
+        ),
+        ("project", "The folder project has other data in it and is no run; choose another with --run."),
+        ("n" * 300, "The run's folder {folder} cannot be used: File name too long; choose another with --run."),
+    ],
+    ids=["a file", "in a file", "not a run", "too long"],
+)
+def test_a_folder_that_cannot_be_a_run_is_refused_in_words(start, world, tiny_model, folder, words):
+    (world / "file").write_text("mine")
+    (world / "project" / "data").mkdir(parents=True)
+    expected = words.format(world=world, folder=folder)
+    assert start(*PERSONA, "--base", tiny_model, "--run", folder) == (2, [f"error: {expected}"])
+    assert sorted(world.rglob("*")) == [world / "file", world / "project", world / "project" / "data"]
+
+
+def test_a_folder_without_permission_is_refused_in_words(start, world, tiny_model, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: mode == os.F_OK and Path(path).exists())  # root may all
+    words = (
+        f"error: The run's folder runs/小月 cannot be made: {world} cannot be written to; choose another with --run."
+    )
+    assert start(*PERSONA, "--base", tiny_model) == (2, [words])
+
+
+@pytest.mark.parametrize(
+    "name, folder",
+    [
+        ("小星", "小星"),
+        ("R2-D2 (v. 3)", "R2-D2-v-3"),
+        ("../../etc", "etc"),
+        ("a/b\\c", "a-b-c"),
+        ("😀", "run-1f600"),
+        ("שלום", "שלום"),
+        ("n" * 300, "n" * 40),
+        ("*" * 3, "run-2a-2a-2a"),
+        (".", "run-2e"),
+    ],
+)
+def test_a_runs_folder_is_named_like_the_assistant(name, folder):
+    assert run.folder_name(name) == folder
+
+
+# --------------------------------------------------------------------------------------------------- later stages
+
+
+def test_later_stages_without_a_run_say_so(start, world):
+    for stage in ("chat", "report", "train"):
+        words = f"error: There is no run in {world / 'runs'} yet: run 'python finetune/run.py' first."
+        assert start(stage) == (2, [words])
+        for flags in (("--run", "runs/小月"), ("--name", "小月")):
+            words = f"error: There is no run in runs/小月 yet: leave out '{stage}' to do every stage."
+            assert start(stage, *flags) == (2, [words])
+    assert list(world.iterdir()) == []
+
+
+def test_later_stages_name_what_they_need(start, world):
+    make_run(world / "runs" / "小月")
+    make_run(world / "my run", "data")
+    first = "run 'python finetune/run.py --run runs/小月'."
+    assert start("report") == (2, [f"error: Stage report needs data, train, evaluate, merge first: {first}"])
+    assert start("chat", "--name", "小月") == (
+        2,
+        ["error: There is no model in runs/小月 yet: run 'python finetune/run.py --run runs/小月' first."],
+    )
+    assert start("merge", "--run", "my run") == (
+        2,
+        ["error: Stage merge needs train, evaluate first: run 'python finetune/run.py --run 'my run''."],
+    )
+
+
+def test_later_stages_take_the_newest_run(start, world):
+    for age, name in ((30, "b"), (10, "c"), (20, "a")):
+        file = make_run(world / "runs" / name) / "settings.toml"
+        os.utime(file, (1e9 - age, 1e9 - age))
+    assert start("train")[1] == ["error: Stage train needs data first: run 'python finetune/run.py --run runs/c'."]
+
+
+def test_a_damaged_settings_file_is_refused_in_words(start, world):
+    folder = make_run(world / "r", "data")
+    (folder / "settings.toml").write_text("seed = = 1")
+    status, lines = start("train", "--run", "r")
+    assert status == 2
+    assert lines[0].startswith("error: r/settings.toml is not valid TOML: ")
+
+
+# -------------------------------------------------------------------------------------------------- exit statuses
+
+
+def test_the_gates_refusal_exits_with_3(start, monkeypatch):
+    def refuse(args: object) -> int:
+        raise GateRefused("gate: leak is 0.2, at most 0.1.", "gate: identity is 0.5, at least 0.9.")
+
+    monkeypatch.setattr(run, "work", refuse)
+    assert start() == (3, ["error: gate: leak is 0.2, at most 0.1.", "error: gate: identity is 0.5, at least 0.9."])
+
+
+DRIVER = """
+    import sys, time
+    from finetune import run, stages
+
+    def work(_):
+        {work}
+
+    stages.STAGES["check"] = stages.Stage(work, None)
+    sys.exit(run.main(["check"]))
+"""
+
+
+def driver(work: str) -> list[str]:
+    return [sys.executable, "-c", textwrap.dedent(DRIVER).format(work=work)]
+
+
+def test_a_bug_shows_its_traceback_and_exits_with_1(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    done = subprocess.run(driver("1 / 0"), capture_output=True, text=True, timeout=60)
+    assert done.returncode == 1
+    assert done.stderr.startswith("Traceback (most recent call last):\n")
+    assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
+
+
+def test_ctrl_c_says_one_line_and_exits_with_130(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", str(ROOT))
+    work = "print('working', flush=True); time.sleep(60)"
+    with subprocess.Popen(driver(work), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+        assert process.stdout.readline() == "working\n"
+        process.send_signal(signal.SIGINT)
+        _, err = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert err == "\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。\n"
