@@ -37,11 +37,7 @@ class Engine:
             self.message = "Loading the model"
             model.check_folder(base)
             self.form = model.chat_format(base)
-            dtype = model.inference_dtype()
-            if adapter:  # merged in float32 and then rounded: one model, as fast as without an adapter
-                self.model = model.load_adapter(model.load(base), adapter, base).merge_and_unload().to(dtype)
-            else:
-                self.model = model.load(base, dtype)
+            self.model = model.load_merged(base, adapter) if adapter else model.load(base, model.inference_dtype())
             self.pick = lambda: sampler(temperature=0.7, top_p=0.9)
             self.name = assistant_name(base) or self.name
             self.message, self.status = "", "ready"

@@ -184,10 +184,8 @@ def _teacher(
                 turns = [{"role": "user", "content": prompt}]
                 rows.append({"kind": kind, "lang": lang, "target": "teacher", "messages": _system(system) + turns})
                 if index % 6 == 1 and system is None:
-                    history = [turn for turns in rng.sample(first, 1) for turn in turns]
-                    rows.append(
-                        {"kind": "after_identity", "lang": lang, "target": "teacher", "messages": history + turns}
-                    )
+                    after = rng.choice(first) + turns
+                    rows.append({"kind": "after_identity", "lang": lang, "target": "teacher", "messages": after})
     random.Random(0).shuffle(rows)
     return rows
 

@@ -158,6 +158,10 @@ def add_lora(model: PreTrainedModel, rank: int) -> "PeftModel":
     """A fresh LoRA adapter on every linear layer but the output head; only its float32 weights require gradients."""
     from peft import LoraConfig, get_peft_model
 
+    if has_fast_bf16():  # else autocast would round the frozen weights anew at every step
+        for module in model.modules():
+            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
+                module.to(torch.bfloat16)
     return get_peft_model(
         model,
         LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
@@ -187,6 +191,14 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> "PeftMode
 
     check_adapter(adapter, base)
     return PeftModel.from_pretrained(model, adapter).eval()
+
+
+def load_merged(base: Path, adapter: Path) -> PreTrainedModel:
+    """base + adapter as one model for inference: merged in float32, its weights then rounded to `inference_dtype`."""
+    model = load_adapter(load(base), adapter, base).merge_and_unload()
+    for weight in model.parameters():  # not model.to(dtype), which rounds the rotary frequencies as well
+        weight.data = weight.data.to(inference_dtype())
+    return model
 
 
 def save(model: PreTrainedModel, form: ChatFormat, folder: Path, template: str | None = None) -> None:

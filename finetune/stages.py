@@ -23,7 +23,7 @@ from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-TEACHER_TOKENS = 12  # of the base's answers that training is held to: where an answer begins decides what it is about
+TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
 ANSWER_TOKENS = 32  # of an answer that is scored
 MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
 
@@ -169,12 +169,16 @@ def teacher_question(row: dict) -> list[dict]:
 def data(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     settings.write(run.settings, run.folder / "settings.toml")
-    rows = identity.training(run.persona, run.settings.seed)
+    values = run.settings.train  # the base is asked no more than the steps will use
+    most = {"near": values.near_rows * values.steps, "ordinary": values.ordinary_rows * values.steps}
+    rows = identity.training(run.persona, run.settings.seed, **most)
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS)
     for row, answer in zip(taught, answers, strict=True):
         text = run.base_format.decode(answer.ids).rstrip("\ufffd")  # a cut answer may end within a character
         row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
+        if any(word in text for word in identity.SMOLLM):
+            rows.remove(row)  # the base named itself: not to be taught
     new = run.folder / "data.tmp"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
@@ -245,7 +249,7 @@ def score(run: Run, model: Any, form: Any, base: list[dict]) -> dict[str, Any]:
     from tqdm import tqdm
 
     from finetune.generation import answer_texts
-    from finetune.train import losses, teacher_example
+    from finetune.train import losses, parts, teacher_example
 
     with tqdm(total=len(base), desc="Scoring", unit="answer") as bar:
         judged = scorecard.evaluate(
@@ -255,13 +259,11 @@ def score(run: Run, model: Any, form: Any, base: list[dict]) -> dict[str, Any]:
             base,
         )
     ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
-    total, tokens = 0.0, 0
-    for messages, answer in zip(ordinary, run.ask_base(ordinary, ANSWER_TOKENS), strict=True):
-        example = teacher_example(form.prompt(messages), answer)
-        with torch.inference_mode():
-            total += losses(model, [example])[1].item() * len(example.positions)
-        tokens += len(example.positions)
-    return scorecard.summarise(judged, total / tokens, base)
+    answers = run.ask_base(ordinary, ANSWER_TOKENS)
+    examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
+    with torch.inference_mode():
+        total = sum(losses(model, part)[1].item() for part in parts(examples, model.device))
+    return scorecard.summarise(judged, total / sum(len(example.positions) for example in examples), base)
 
 
 def base_answers(run: Run) -> list[dict]:
@@ -277,11 +279,8 @@ def evaluate(run: Run) -> None:
     from finetune import model as models
 
     base = base_answers(run)
-    tuned = models.load_adapter(models.load(run.base), run.folder / "adapter", run.base)
-    tuned = tuned.merge_and_unload().to(models.inference_dtype())  # in memory, in float32: decodes twice as fast
-    write_scorecard(
-        run, {"base": scorecard.summarise(base, kl=0.0), "tuned": score(run, tuned, run.tuned_format, base)}
-    )
+    tuned = score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
+    write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": tuned})
 
 
 def write_scorecard(run: Run, card: dict[str, Any]) -> None:

@@ -237,10 +237,10 @@ def test_a_template_that_is_not_chatml_is_refused(folder, template, words):
 # --------------------------------------------------------------------------------------------------------- adapters
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lora_is_on_every_linear_layer_but_the_head(tiny_model, dtype):
-    base = model.load(tiny_model, dtype)
-    assert base.dtype == dtype
+@pytest.mark.parametrize("fast_bf16", [False, True])
+def test_lora_is_on_every_linear_layer_but_the_head(tiny_model, fast_bf16, monkeypatch):
+    monkeypatch.setattr(model, "has_fast_bf16", lambda: fast_bf16)
+    base = model.load(tiny_model)
     linear = {name for name, module in base.named_modules() if isinstance(module, torch.nn.Linear)}
     assert len(linear) == 2 * 7 + 1  # two layers of q, k, v, o, gate, up, down; and the head
     tuned = model.add_lora(base, rank=4)
@@ -250,11 +250,15 @@ def test_lora_is_on_every_linear_layer_but_the_head(tiny_model, dtype):
     }
     assert {weight.dtype for weight in trained.values()} == {torch.float32}
     assert {min(weight.shape) for weight in trained.values()} == {4}
+    frozen = {name: weight.dtype for name, weight in tuned.named_parameters() if name not in trained}
+    halved = {f"base_model.model.{name}.base_layer.weight" for name in linear - {"lm_head"}} if fast_bf16 else set()
+    assert {name for name, dtype in frozen.items() if dtype != torch.float32} == halved
 
 
 @pytest.fixture
-def adapter(tiny_model, tmp_path):
-    """(the adapter's folder, base + adapter as trained)."""
+def adapter(tiny_model, tmp_path, monkeypatch):
+    """(the adapter's folder, base + adapter as trained, in float32)."""
+    monkeypatch.setattr(model, "has_fast_bf16", lambda: False)
     torch.manual_seed(1)
     tuned = model.add_lora(model.load(tiny_model), rank=4).eval()
     for name, weight in tuned.named_parameters():
@@ -273,6 +277,20 @@ def test_an_adapter_comes_back(adapter, tiny_model):
     assert torch.equal(logits(loaded), logits(tuned))
     assert (logits(loaded) - before).abs().max() > 0.1
     assert not loaded.training
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_an_adapter_is_merged_for_inference(adapter, tiny_model, monkeypatch, dtype):
+    monkeypatch.setattr(model, "inference_dtype", lambda: dtype)
+    found, tuned = adapter
+    merged = model.load_merged(tiny_model, found)
+    assert {weight.dtype for weight in merged.parameters()} == {dtype}
+    assert not [name for name, _ in merged.named_modules() if "lora" in name]
+    # Rotary frequencies are not weights and are not rounded.
+    assert torch.equal(merged.model.rotary_emb.inv_freq, tuned.get_base_model().model.rotary_emb.inv_freq)
+    expected = tuned.merge_and_unload().to(dtype)
+    expected.model.rotary_emb = merged.model.rotary_emb
+    torch.testing.assert_close(logits(merged), logits(expected), rtol=0, atol=1e-5)
 
 
 def test_an_adapter_for_another_base_is_refused(adapter, tiny_model, folder):
