@@ -98,7 +98,7 @@ def complete(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     *,
-    batch: int = 32,
+    batch: int = 64,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Answer]:
     """Greedy answers to all prompts, in their order. Prompts of like length are decoded together."""

@@ -130,7 +130,7 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
     rows = []
     for kind in KINDS:
         for group in data[kind]:
-            for question in group["questions"]:
+            for question in group["questions"] * (2 if kind == "assent" else 1):  # a yes for every no
                 others.append(others.pop(0))  # all of them come up before one does again
                 about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
                 turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]

@@ -6,6 +6,7 @@ from typing import Any
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from rich.console import Console
 from rich.table import Table
+from rich.text import Text
 
 from finetune.stages import ROOT, Run
 
@@ -17,15 +18,16 @@ FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("facts_kept", "≥", "facts kept", "知识保留"),
 )
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
-SIDES = ("base", "tuned", "merged")
+SIDES = ("base", "tuned")
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
     """One row per figure: its words, the sides' values as text, and the gate's limit."""
     card, limits = run.read("scorecard.json"), vars(run.settings.gate)
+    sides = {"base": card["base"], "tuned": card.get("merged", card["tuned"])}  # what users get, where it was scored
 
     def text(side: str, key: str) -> str:
-        value = card.get(side, {}).get(key)
+        value = sides[side][key]
         return "–" if value is None else f"{value:.3f}"
 
     return [
@@ -53,7 +55,7 @@ def side_by_side(run: Run, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]
 
 def print_summary(run: Run) -> None:
     console = Console(highlight=False)
-    table = Table("", "", *SIDES, "limit", title=f"{run.persona.name} · {run.folder}", title_justify="left")
+    table = Table("", "", *SIDES, "limit", title=Text(f"{run.persona.name} · {run.folder}"), title_justify="left")
     for row in figures(run):
         table.add_row(row["en"], row["zh"], *(row[side] for side in SIDES), row["limit"])
     console.print(table, markup=False)
@@ -65,20 +67,20 @@ def print_summary(run: Run) -> None:
     console.print(f"Next 下一步: python app.py --model {run.folder / 'model'}", markup=False, soft_wrap=True)
 
 
-def _plain(text: str) -> Any:
-    from rich.text import Text
-
+def _plain(text: str) -> Text:
     return Text(text if len(text) <= 160 else text[:160] + " …")
 
 
 def _environment(html: bool) -> Environment:
-    return Environment(
+    environment = Environment(
         loader=FileSystemLoader(ROOT / "assets"),
         autoescape=html,  # noqa: S701 - the model card is Markdown
         undefined=StrictUndefined,
         trim_blocks=True,
         lstrip_blocks=True,
     )
+    environment.policies["json.dumps_kwargs"] = {"ensure_ascii": False}  # YAML does not read JSON's surrogate pairs
+    return environment
 
 
 def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any]) -> str:

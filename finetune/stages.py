@@ -24,7 +24,7 @@ from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
-ANSWER_TOKENS = 32  # of an answer that is scored
+ANSWER_TOKENS = 24  # of an answer that is scored
 MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
 
 
@@ -299,10 +299,13 @@ def merge(run: Run) -> None:
     origin = models.origin(run.base, run.settings.base)
 
     def finish(folder: Path, proof: dict[str, Any]) -> dict[str, Any]:
-        """The scorecard of what users get, and the card that shows it."""
-        card = run.read("scorecard.json")
-        merged = score(run, models.load(folder, models.inference_dtype()), run.tuned_format, card["base"]["answers"])
-        write_scorecard(run, {"base": card["base"], "tuned": card["tuned"], "merged": merged})
+        """The model card. Rounded weights are not those that were scored, so they are scored again before."""
+        if run.settings.merge.dtype != "float32":
+            card = run.read("scorecard.json")
+            card["merged"] = score(
+                run, models.load(folder, models.inference_dtype()), run.tuned_format, base_answers(run)
+            )
+            write_scorecard(run, card)
         (folder / "README.md").write_text(model_card(run, origin, proof), encoding="utf-8")
         return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
 

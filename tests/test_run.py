@@ -68,7 +68,7 @@ def make_run(folder: Path, *products: str, **values: object) -> Path:
 
 def script(*arguments: object, **options: object) -> subprocess.CompletedProcess:
     command = [sys.executable, str(SCRIPT), *map(str, arguments)]
-    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=60, **options)
+    return subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, text=True, timeout=300, **options)
 
 
 # ------------------------------------------------------------------------------------------------- flags and stages
@@ -215,7 +215,7 @@ def on_a_terminal(typed: str, *arguments: object) -> tuple[int, str]:
             while block := os.read(ours, 4096):
                 shown += block
         os.close(ours)
-        process.wait(timeout=60)
+        process.wait(timeout=300)
     return process.returncode, shown.decode().replace("\r\n", "\n")
 
 
@@ -490,7 +490,7 @@ def driver(work: str) -> list[str]:
 
 def test_a_bug_shows_its_traceback_and_exits_with_1(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    done = subprocess.run(driver("1 / 0"), capture_output=True, text=True, timeout=60)
+    done = subprocess.run(driver("1 / 0"), capture_output=True, text=True, timeout=300)
     assert done.returncode == 1
     assert done.stderr.startswith("Traceback (most recent call last):\n")
     assert done.stderr.endswith("ZeroDivisionError: division by zero\n")
@@ -502,6 +502,6 @@ def test_ctrl_c_says_one_line_and_exits_with_130(monkeypatch):
     with subprocess.Popen(driver(work), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
-        _, err = process.communicate(timeout=60)
+        _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。\n"

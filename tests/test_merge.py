@@ -1,0 +1,176 @@
+import hashlib
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from conftest import TEMPLATE
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
+
+from finetune import merge as merging
+from finetune.chat_format import ChatFormat
+from finetune.errors import UserError
+from finetune.model import add_lora, chat_format, fingerprint, load, save
+from finetune.train import save_adapter
+
+RANK = 2
+CONVERSATIONS = [
+    [{"role": "user", "content": "Who are you? <|im_end|> 你是谁？"}],
+    [{"role": "system", "content": ""}, {"role": "user", "content": "Hi"}],
+    [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "c"}],
+]
+
+
+@pytest.fixture(scope="module")
+def form(tiny_model) -> ChatFormat:
+    return chat_format(tiny_model)
+
+
+@pytest.fixture(scope="module")
+def adapter(tiny_model, tmp_path_factory) -> Path:
+    """Random, and strong enough that the base alone would be far away."""
+    torch.manual_seed(1)
+    model = add_lora(load(tiny_model), RANK)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    folder = tmp_path_factory.mktemp("adapter") / "adapter"
+    save_adapter(model, {"base_sha256": fingerprint(tiny_model)}, folder)
+    return folder
+
+
+def finish(folder: Path, proof: dict) -> dict:
+    assert (folder / "model.safetensors").is_file()
+    (folder / "README.md").write_text(f"differs by {proof['max_logit_difference']}")
+    return {"name": "小月"}
+
+
+def merge(tiny_model, adapter, form, target, dtype="float32") -> dict:
+    return merging.merge(tiny_model, adapter, form, dtype, CONVERSATIONS, target, finish)
+
+
+def by_hand(base: Path, adapter: Path) -> dict[str, torch.Tensor]:
+    """W + alpha / rank * B A, with alpha twice the rank."""
+    weights, lora = load_file(base / "model.safetensors"), load_file(adapter / "adapter_model.safetensors")
+    for name in (name for name in lora if "lora_A" in name):
+        target = name.removeprefix("base_model.model.").replace(".lora_A", "")
+        weights[target] = weights[target] + 2 * lora[name.replace("lora_A", "lora_B")] @ lora[name]
+    return weights
+
+
+@pytest.fixture(scope="module", params=["float32", "bfloat16"])
+def merged(request, tiny_model, adapter, form, tmp_path_factory) -> tuple[Path, dict, str]:
+    target = tmp_path_factory.mktemp("merged") / "model"
+    return target, merge(tiny_model, adapter, form, target, request.param), request.param
+
+
+def test_the_tree_and_its_manifest(merged, form):
+    folder, manifest, dtype = merged
+    assert {file.name for file in folder.parent.iterdir()} == {"model"}
+    assert {file.name for file in folder.iterdir()} == {
+        "README.md",
+        "config.json",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    }
+    assert json.loads((folder / "manifest.json").read_text(encoding="utf-8")) == manifest
+    assert manifest["files"] == {
+        file.name: {"size": len(content := file.read_bytes()), "sha256": hashlib.sha256(content).hexdigest()}
+        for file in folder.iterdir()
+        if file.name != "manifest.json"
+    }
+    assert {key: manifest[key] for key in ("name", "dtype", "format_hash")} == {
+        "name": "小月",
+        "dtype": dtype,
+        "format_hash": form.hash,
+    }
+
+
+def test_the_proof(merged, form):
+    _, manifest, dtype = merged
+    proof, (difference, share) = manifest["proof"], merging.TOLERANCE[dtype]
+    assert proof["tolerance"] == {"max_logit_difference": difference, "equal_greedy_tokens": share}
+    assert 0 <= proof["max_logit_difference"] <= difference
+    assert share <= proof["equal_greedy_tokens"] <= 1
+    assert proof["tokens"] > len(CONVERSATIONS)
+    if dtype == "float32":
+        assert proof["max_logit_difference"] < 1e-3
+    else:
+        assert proof["max_logit_difference"] > 1e-3  # rounding is seen
+
+
+def test_the_weights_are_base_plus_adapter(merged, tiny_model, adapter):
+    folder, _, dtype = merged
+    found, expected = load_file(folder / "model.safetensors"), by_hand(tiny_model, adapter)
+    assert found.keys() == expected.keys()
+    for name, weight in found.items():
+        assert weight.dtype == getattr(torch, dtype)
+        torch.testing.assert_close(weight, expected[name].to(weight.dtype))
+    base = load_file(tiny_model / "model.safetensors")
+    assert sum(not torch.allclose(base[name], expected[name], atol=1e-2) for name in base) == 14  # 7 a layer
+    opened = AutoModelForCausalLM.from_pretrained(folder)
+    assert opened.dtype == getattr(torch, dtype)
+    assert opened.generation_config.eos_token_id == [258, 256]
+
+
+def refused(kind, tiny_model, adapter, form, target, dtype="float32") -> str:
+    with pytest.raises(kind) as caught:
+        merge(tiny_model, adapter, form, target, dtype)
+    assert not target.exists()
+    return str(caught.value)
+
+
+def test_an_adapter_of_another_base_is_refused(tiny_model, adapter, form, tmp_path):
+    other = Path(shutil.copytree(tiny_model, tmp_path / "other"))
+    weights = load_file(other / "model.safetensors")
+    weights["lm_head.weight"][0, 0] += 1
+    save_file(weights, other / "model.safetensors", metadata={"format": "pt"})
+    assert refused(UserError, other, adapter, form, tmp_path / "model") == (
+        f"The adapter in {adapter} was made for a base model with sha256 {fingerprint(tiny_model)}, and the weights in "
+        f"{other} have {fingerprint(other)}. Use the base it was made for, or train anew."
+    )
+
+
+def test_a_wrong_weight_on_the_disk_is_found(tiny_model, adapter, form, tmp_path, monkeypatch):
+    def broken(model, form, folder):
+        save(model, form, folder)
+        weights = load_file(folder / "model.safetensors")
+        weights["model.layers.1.mlp.down_proj.weight"][3, 5] += 0.5
+        save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(merging, "save", broken)
+    told = refused(UserError, tiny_model, adapter, form, tmp_path / "model")
+    assert told.startswith(
+        f"The merge is refused: in {tmp_path / 'model.tmp'} logits differ from base + adapter by up to "
+    )
+    difference, _, rest = told.partition("by up to ")[2].partition(" (tolerance 0.01) and ")
+    share, _, rest = rest.partition("% of the greedy tokens are equal (at least 99.9%). ")
+    assert float(difference) > 0.01
+    assert 0 <= float(share) <= 100
+    assert rest == "Merge again with --set merge.dtype=float32, or train anew."
+
+
+def test_another_chat_template_is_found(tiny_model, adapter, form, tmp_path, monkeypatch):
+    """The tokenizer's plain ChatML takes what users type for control tokens."""
+    monkeypatch.setattr(merging, "save", lambda model, form, folder: save(model, form, folder, TEMPLATE))
+    told = refused(RuntimeError, tiny_model, adapter, form, tmp_path / "model")
+    assert f"the chat template gives other ids for {CONVERSATIONS[0]}" in told
+
+
+@pytest.mark.parametrize(
+    "found, passes",
+    [((0.01, 0.999), True), ((0.011, 1.0), False), ((0.0, 0.998), False), ((float("nan"), 1.0), False)],
+)
+def test_the_limits(found, passes, tmp_path, monkeypatch):
+    figures = json.dumps({"max_logit_difference": found[0], "equal_greedy_tokens": found[1], "tokens": 9})
+    monkeypatch.setattr(merging, "FRESH_PROCESS", f"print({figures!r})")
+    if passes:
+        assert merging.prove(tmp_path, tmp_path / "proof", "float32")["tokens"] == 9
+    else:
+        with pytest.raises(UserError, match="The merge is refused"):
+            merging.prove(tmp_path, tmp_path / "proof", "float32")

@@ -1,0 +1,87 @@
+"""What the README and the top level promise: its commands are taken from the README itself."""
+
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune import run, settings
+
+ROOT = Path(__file__).resolve().parent.parent
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    part.split(" #")[0].strip()
+    for block in re.findall(r"```bash\n(.*?)```", README, re.S)
+    for line in block.splitlines()
+    for part in line.split("&&")
+]
+
+
+def test_front_matter_is_what_a_space_accepts():
+    front = yaml.safe_load(README.split("---")[1])
+    assert front["sdk"] == "gradio"
+    assert (ROOT / front["app_file"]).is_file()
+    assert f"gradio=={front['sdk_version']}" in (ROOT / "requirements.txt").read_text()
+    assert front["license"] == "apache-2.0"
+
+
+@pytest.mark.parametrize(
+    "command", [c for c in COMMANDS if c.startswith("python finetune/run.py") and "--help" not in c]
+)
+def test_run_commands_are_understood(command):
+    args = run.parse(shlex.split(command)[2:])
+    assert args.stage is None or args.stage in ("chat",)
+
+
+def test_first_line_makes_the_example_persona():
+    args = run.parse(shlex.split(next(c for c in COMMANDS if c.startswith("python finetune/run.py")))[2:])
+    assert (args.name, args.author) == (settings.Persona().name, settings.Persona().author)
+
+
+def test_pictures_and_links_are_there():
+    for target in re.findall(r"\]\((?!http)([^)]+)\)", README):
+        assert (ROOT / target).is_file(), target
+
+
+def test_packages_txt_goes_through_xargs():
+    """The platform runs `xargs -r -a packages.txt apt-get install -y`: every word is a package's name."""
+    for file in ("packages.txt", "tests/packages.txt"):
+        for word in (ROOT / file).read_text().split():
+            assert re.fullmatch(r"[a-z0-9][a-z0-9+.-]+", word), word
+
+
+def test_top_level_stays_short():
+    tracked = subprocess.run(
+        ["git", "ls-files"], cwd=ROOT, capture_output=True, text=True, check=True
+    ).stdout.splitlines()
+    top = {name.split("/")[0] for name in tracked if not name.startswith(".")}
+    assert top == {
+        *("app.py", "requirements.txt", "packages.txt", "README.md", "LICENSE", "pyproject.toml"),
+        *("finetune", "assets", "tests"),
+    }
+
+
+@pytest.mark.parametrize("python", ["3.10", "3.11", "3.12"])
+def test_requirements_resolve(python):
+    """Against the package index, for the spaces' Python and for newer ones; nothing is installed."""
+    command = [
+        sys.executable,
+        "-m",
+        "uv",
+        "pip",
+        "compile",
+        "--quiet",
+        "--python-version",
+        python,
+        "--python-platform",
+        "x86_64-manylinux_2_28",
+    ]
+    done = subprocess.run([*command, "requirements.txt"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    torch = "2.6.0" if python == "3.10" else "2.13.0"
+    assert f"torch=={torch}" in done.stdout
+    assert ("openxlab==0.1.3" in done.stdout) == (python == "3.10")

@@ -1,0 +1,165 @@
+import json
+import re
+from html.parser import HTMLParser
+from pathlib import Path
+
+import pytest
+import yaml
+
+from finetune import report
+from finetune.settings import Gate, Persona, Settings
+from finetune.stages import Run
+
+NAMES = [
+    "小星",
+    "Q\"uote's",
+    "a: b",
+    "# 1 - x",
+    "🦊 {{ fox }} {author}",
+    "null",
+    "back\\slash",
+    "<script>alert(1)</script>",
+]
+ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
+PROOF = {"max_logit_difference": 0.000123, "equal_greedy_tokens": 1.0, "tokens": 321}
+
+
+def side(answer: str, identity: float) -> dict:
+    question = [{"role": "user", "content": "<b>Who</b> are you?"}]
+    entry = {"id": "name-en-01", "kind": "name", "messages": question, "answer": answer, "passed": True}
+    return {"identity": identity, "leak": 0.0, "parrot": 0.0, "kl": 0.0, "facts_kept": 1.0, "answers": [entry]}
+
+
+def make_run(folder: Path, name: str) -> Run:
+    """A run that lacks its report only."""
+    run = Run(folder, Settings(persona=Persona(name, f"by {name}"), gate=Gate(identity=0.875)))
+    run.__dict__["base_sha256"] = "ab" * 32  # no base is at hand
+    (folder / "model").mkdir()
+    card = {"base": side("SmolLM", 0.0), "tuned": side("old", 0.8), "merged": side(f"I am {name} & co", 0.953)}
+    run.write("scorecard.json", {**card, "gate": {"passed": False, "reasons": [f"too low for {name}"]}})
+    run.write("receipt.json", {"seed": 0, "who": name})
+    run.write("model/manifest.json", {"proof": PROOF})
+    lines = [{"loss": 4.0, "ce": 3.0, "kl": 0.5}, {"loss": 2.0, "ce": 1.5, "kl": 0.25}]
+    rest = {"lr": 1e-3, "tokens": 777, "tokens_per_s": 50.0, "seconds": 15.5}
+    metrics = "".join(json.dumps({"step": i, **line, **rest}) + "\n" for i, line in enumerate(lines, 1))
+    (folder / "metrics.jsonl").write_text(metrics)
+    return run
+
+
+class Page(HTMLParser):
+    """All that a browser reads: tags with their attributes, and the text outside of them."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.tags: list[tuple[str, dict]] = []
+        self.text = ""
+        self.feed(text)
+
+    def handle_starttag(self, tag, attributes):
+        self.tags.append((tag, dict(attributes)))
+
+    def handle_data(self, data):
+        self.text += data
+
+
+# ---------------------------------------------------------------------------------------------------------- curves
+
+
+@pytest.mark.parametrize(
+    "values, points, top",
+    [
+        ([4, 2, 1], "0.0,0.0 50.0,20.0 100.0,30.0", 4),
+        ([1, 0, 4], "0.0,30.0 50.0,40.0 100.0,0.0", 4),
+        ([3], "0.0,0.0", 3),
+        ([0, 0], "0.0,40.0 100.0,40.0", 1),
+    ],
+)
+def test_curve(values, points, top):
+    found = report.curve([{"loss": value, "kl": 9} for value in values], "loss", 100, 40)
+    assert found == {"key": "loss", "points": points, "top": top, "last": values[-1], "width": 100, "height": 40}
+
+
+# ------------------------------------------------------------------------------------------------------ report.html
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_page_shows_names_as_text_and_loads_nothing(name, tmp_path):
+    run = make_run(tmp_path, name)
+    report.write_report(run)
+    assert not (tmp_path / "report.html.tmp").exists()
+    raw = (tmp_path / "report.html").read_text(encoding="utf-8")
+    page = Page(raw)
+    loading = {"script", "link", "img", "image", "use", "iframe", "object", "embed", "base", "video", "audio", "a"}
+    assert not loading & {tag for tag, _ in page.tags}
+    assert not [a for _, a in page.tags if a.keys() & {"src", "href", "srcset", "xlink:href", "style", "onload"}]
+    assert not re.search(r"url\(|@import|https?:", raw)
+    assert f"{name} by / 作者 by {name}" in page.text
+    assert f"I am {name} & co" in page.text
+    assert "<b>Who</b> are you?" in page.text
+    assert f"too low for {name}" in page.text
+    (receipt,) = re.findall(r"<summary>Receipt 凭据</summary><pre>(.*?)</pre>", raw, re.S)
+    assert json.loads(Page(receipt).text) == {"seed": 0, "who": name}
+
+
+def test_before_the_merged_model_is_scored_the_tuned_one_is_shown(tmp_path):
+    run = make_run(tmp_path, "小星")
+    card = run.read("scorecard.json")
+    del card["merged"]
+    run.write("scorecard.json", card)
+    assert [(row["base"], row["tuned"]) for row in report.figures(run) if row["key"] == "identity"] == [
+        ("0.000", "0.800")
+    ]
+    assert [entry["tuned"] for entry in report.side_by_side(run)] == ["old"]
+
+
+def test_the_pages_figures(tmp_path):
+    report.write_report(make_run(tmp_path, "小星"))
+    raw = (tmp_path / "report.html").read_text(encoding="utf-8")
+    cells = '<td class="number">0.000</td><td class="number">0.953</td>'
+    assert f'<td>identity kept</td><td>身份认知</td>{cells}<td class="number">≥ 0.875</td>' in raw
+    curves = [a["points"] for tag, a in Page(raw).tags if tag == "polyline"]
+    assert curves == ["0.0,0.0 600.0,80.0"] * 3
+    assert "2 steps · 777 tokens · 50 tokens/s · 16 s" in raw
+    assert "largest logit difference 0.00012, equal greedy tokens 100.0 % of 321" in raw
+
+
+# ------------------------------------------------------------------------------------------------------- model card
+
+
+def front_matter(card: str) -> dict:
+    opened, front, _ = re.split(r"^---$", card, maxsplit=2, flags=re.M)
+    assert opened == ""
+    return yaml.safe_load(front)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_cards_front_matter_is_yaml(name, tmp_path):
+    card = report.model_card(make_run(tmp_path, name), ORIGIN, PROOF)
+    assert front_matter(card) == {
+        **ORIGIN,
+        "base_model_relation": "finetune",
+        "language": ["en", "zh"],
+        "library_name": "transformers",
+        "pipeline_tag": "text-generation",
+        "tags": ["self-cognition", "lora", "namesake"],
+    }
+    assert "| identity kept | 身份认知 | 0.000 | 0.953 | ≥ 0.875 |" in card
+    assert "at most\n0.00012; 100.0 % of 321 greedy tokens" in card
+    assert "ab" * 32 in card
+
+
+@pytest.mark.parametrize("base", ['my: "model"', "# x", "1.5", "null", "🦊", "it's", "- a", "<base>"])
+def test_the_cards_front_matter_with_a_local_bases_name(base, tmp_path):
+    origin = {"base_model": base, "license": "unknown"}
+    assert front_matter(report.model_card(make_run(tmp_path, "小星"), origin, PROOF))["base_model"] == base
+
+
+# --------------------------------------------------------------------------------------------------------- terminal
+
+
+def test_the_summary_takes_names_for_text(tmp_path, capsys):
+    report.print_summary(make_run(tmp_path, "[red]x[/red]"))
+    out = capsys.readouterr().out
+    assert "[red]x[/red] · " in out
+    assert "I am [red]x[/red] & co" in " ".join(re.sub("[┃│]", " ", out).split())
+    assert f"Next 下一步: python app.py --model {tmp_path / 'model'}" in out

@@ -1,0 +1,310 @@
+import dataclasses
+import json
+import multiprocessing
+import os
+import random
+import signal
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import torch
+
+from finetune import train as training
+from finetune.generation import Answer, complete
+from finetune.model import add_lora, chat_format, load
+from finetune.settings import Train
+from finetune.train import Example, answer_example, batches, losses, parts, schedule, teacher_example
+
+SETTINGS = Train(
+    rank=2,
+    learning_rate=3e-3,
+    steps=8,
+    identity_rows=2,
+    near_rows=1,
+    ordinary_rows=1,
+    kl_weight=2.0,
+    checkpoint_every=3,
+)
+
+
+@pytest.fixture(scope="module")
+def model(tiny_model):
+    return load(tiny_model)
+
+
+def taught(network, count: int, seed: int) -> list[Example]:
+    """Prompts of different lengths, each with the model's own answer; some answers end with the stop token 200."""
+    source = random.Random(seed)
+    prompts = [[source.randrange(256) for _ in range(5 + 2 * i)] for i in range(count)]
+    return [teacher_example(p, a) for p, a in zip(prompts, complete(network, prompts, [200], 6), strict=True)]
+
+
+def said(count: int, seed: int) -> list[Example]:
+    source = random.Random(seed)
+    rows = [[source.randrange(256) for _ in range(8 + 3 * i)] for i in range(count)]
+    return [answer_example(row, [0] * 4 + [1] * (len(row) - 5) + [0]) for row in rows]
+
+
+def of_length(length: int) -> Example:
+    return Example([1] * length, [length - 1], [2], None)
+
+
+# -------------------------------------------------------------------------------------------------------- examples
+
+
+def test_answer_example():
+    example = answer_example([10, 11, 12, 13, 14, 15, 16], [0, 0, 1, 1, 0, 0, 1])
+    assert example == ([10, 11, 12, 13, 14, 15, 16], [1, 2, 5], [12, 13, 16], None)
+
+
+def test_answer_example_of_the_renderer(tiny_model):
+    form = chat_format(tiny_model)
+    messages = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes."}]
+    example = answer_example(*form.render(messages))
+    assert example.targets == [*form._encode("Yes.").ids, form.control["<|im_end|>"]]
+    assert example.ids[: example.positions[0] + 1] == form.prompt(messages[:1])
+
+
+@pytest.mark.parametrize(
+    "states, ids, positions",
+    [
+        (3, [1, 2, 3, 4, 5], [2, 3, 4]),  # ended by a stop token: the last state chose it
+        (2, [1, 2, 3, 4], [2, 3]),  # cut: nothing is known of what follows the answer's last token
+    ],
+)
+def test_teacher_example(states, ids, positions):
+    answer = Answer([4, 5], torch.randn(states, 8))
+    example = teacher_example([1, 2, 3], answer)
+    assert (example.ids, example.positions, example.targets) == (ids, positions, None)
+    assert example.states is answer.states
+
+
+# --------------------------------------------------------------------------------------------------------- batches
+
+
+def test_every_example_comes_once_a_round():
+    groups = [([of_length(n) for n in range(10, 15)], 2), ([of_length(n) for n in range(20, 23)], 1), ([], 0)]
+    found = list(batches(groups, 30, seed=0))
+    assert {len(batch) for batch in found} == {3}
+    for first, size in ((10, 5), (20, 3)):
+        read = [len(e.ids) for batch in found for e in batch if first <= len(e.ids) < first + size]
+        rounds = [read[i : i + size] for i in range(0, len(read), size)]
+        assert all(sorted(order) == list(range(first, first + size)) for order in rounds)
+        assert len(set(map(tuple, rounds))) > 1  # shuffled anew
+
+
+def test_batches_of_the_same_seed():
+    groups = [([of_length(n) for n in range(1, 9)], 3)]
+    assert list(batches(groups, 9, 5)) == list(batches(groups, 9, 5)) != list(batches(groups, 9, 6))
+
+
+def test_parts_keep_to_the_bound(monkeypatch):
+    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 20)
+
+    def lengths(*given: int) -> list[list[int]]:
+        return [[len(e.ids) for e in part] for part in parts([of_length(n) for n in given], torch.device("cpu"))]
+
+    assert lengths(5, 30, 8, 7, 8, 3, 20, 21) == [[3, 5, 7], [8, 8], [20], [21], [30]]
+    assert lengths(10, 10) == [[10, 10]]
+    assert lengths(10, 11) == [[10], [11]]
+    source = random.Random(0)
+    for _ in range(50):
+        given = [source.randint(1, 25) for _ in range(source.randint(1, 12))]
+        found = lengths(*given)
+        assert Counter(n for part in found for n in part) == Counter(given)
+        assert all(sum(part) <= 20 or len(part) == 1 for part in found)
+
+
+# ---------------------------------------------------------------------------------------------------------- losses
+
+
+def reference(model, batch: list[Example]) -> tuple[float, float]:
+    """Cross-entropy and KL, written plainly: a row at a time, a token at a time."""
+    ce = kl = 0.0
+    for example in batch:
+        logits = model(torch.tensor([example.ids])).logits[0].double().log_softmax(-1)
+        for i, position in enumerate(example.positions):
+            if example.targets is not None:
+                ce -= logits[position, example.targets[i]].item()
+            else:
+                base = (model.lm_head.weight.double() @ example.states[i].double()).log_softmax(-1)
+                kl += (base.exp() * (base - logits[position])).sum().item()
+    return ce, kl
+
+
+@pytest.fixture(scope="module")
+def batch(model) -> list[Example]:
+    """Both sorts mixed; the states are not the model's own."""
+    pulled = [e._replace(states=e.states + 0.3 * torch.randn(e.states.shape)) for e in taught(model, 3, seed=1)]
+    rows = said(3, seed=2)
+    return [rows[0], pulled[0], pulled[1], rows[1], pulled[2], rows[2]]
+
+
+@torch.no_grad()
+def test_losses_are_the_plain_ones(model, batch):
+    ce, kl = (value.item() for value in losses(model, batch))
+    assert (ce, kl) == pytest.approx(reference(model, batch), rel=1e-4)
+    assert kl > 1
+
+
+@torch.no_grad()
+def test_losses_of_the_parts_add_up(model, batch, monkeypatch):
+    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 25)
+    pieces = list(parts(batch, model.device))
+    assert len(pieces) > 2
+    sums = torch.stack([torch.stack(losses(model, piece)) for piece in pieces]).sum(0)
+    torch.testing.assert_close(sums, torch.stack(losses(model, batch)), rtol=1e-5, atol=1e-4)
+
+
+@torch.no_grad()
+def test_the_untouched_model_has_no_kl_from_itself(model):
+    examples = taught(model, 4, seed=3)
+    assert {len(e.positions) for e in examples} != {1}
+    ce, kl = losses(model, examples)
+    assert ce == 0
+    assert kl.item() == pytest.approx(0, abs=1e-4)
+
+
+def test_only_one_sort(model):
+    assert losses(model, said(2, seed=0))[1] == 0
+
+
+# ----------------------------------------------------------------------------------------------------------- train
+
+
+@pytest.mark.parametrize("steps, warmup", [(1, 1), (19, 1), (100, 5), (150, 7)])
+def test_schedule(steps, warmup):
+    for step in range(1, steps + 1):
+        up, down = step / warmup, (steps + 1 - step) / (steps + 1 - warmup)
+        assert schedule(step, steps) == pytest.approx(min(up, down))
+    assert schedule(warmup, steps) == 1
+    assert 0 < schedule(steps, steps) <= 1
+
+
+def work(base: Path, folder: Path, settings: Train = SETTINGS, kill: tuple[str, int] | None = None) -> None:
+    """The whole stage. `kill`: (function of finetune.train, n): dies at its n-th call, as by a power cut."""
+    torch.set_num_threads(1)
+    if kill:
+        _die_at(*kill)
+    network = load(base)
+    rows, pulled = said(5, seed=0), taught(network, 6, seed=0)
+    torch.manual_seed(0)
+    network = add_lora(network, settings.rank)
+    groups = [(rows, settings.identity_rows), (pulled[:3], settings.near_rows), (pulled[3:], settings.ordinary_rows)]
+    training.train(network, groups, settings, 0, folder)
+    training.save_adapter(network, {"base_sha256": "?"}, folder / "adapter")
+
+
+def _die_at(name: str, count: int) -> None:
+    own, calls = getattr(training, name), 0
+
+    def dying(*args, **kwargs):
+        nonlocal calls
+        calls += 1
+        if calls < count:
+            return own(*args, **kwargs)
+        if name == "save_file":  # half of the file is on the disk
+            own(*args, **kwargs)
+            os.truncate(args[1], Path(args[1]).stat().st_size // 2)
+        return os.kill(os.getpid(), signal.SIGKILL)
+
+    setattr(training, name, dying)
+
+
+def start(*args) -> int:
+    """`work` in a process of its own; its exit status."""
+    context = multiprocessing.get_context("forkserver")  # which imports the libraries once
+    context.set_forkserver_preload(["finetune.train", "peft"])
+    process = context.Process(target=work, args=args)
+    process.start()
+    process.join(120)
+    return process.exitcode
+
+
+def result(folder: Path) -> tuple[bytes, list[dict]]:
+    """The adapter's bytes and the metrics without clock times."""
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = [{k: v for k, v in line.items() if k not in ("seconds", "tokens_per_s")} for line in lines]
+    return (folder / "adapter" / "adapter_model.safetensors").read_bytes(), metrics
+
+
+@pytest.fixture(scope="module")
+def uninterrupted(tiny_model, tmp_path_factory) -> tuple[bytes, list[dict]]:
+    folder = tmp_path_factory.mktemp("uninterrupted")
+    assert start(tiny_model, folder) == 0
+    assert sorted(file.name for file in (folder / "adapter").iterdir() if file.suffix != ".md") == [
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "namesake.json",
+    ]
+    return result(folder)
+
+
+def test_metrics(uninterrupted):
+    _, metrics = uninterrupted
+    assert [line["step"] for line in metrics] == list(range(1, SETTINGS.steps + 1))
+    for line in metrics:
+        assert line["loss"] == pytest.approx(line["ce"] + SETTINGS.kl_weight * line["kl"])
+        assert line["lr"] == pytest.approx(SETTINGS.learning_rate * schedule(line["step"], SETTINGS.steps))
+    assert metrics[0]["kl"] == pytest.approx(0, abs=1e-2)  # the adapter does nothing yet
+    assert metrics[-1]["kl"] > 0
+    tokens = [line["tokens"] for line in metrics]
+    assert tokens == sorted(set(tokens))
+
+
+@pytest.mark.parametrize(
+    "kills",
+    [
+        [],
+        [("losses", 1)],  # before the first step
+        [("losses", 5)],  # within a step between checkpoints
+        [("schedule", 3), ("schedule", 3)],  # twice before the first checkpoint
+        [("save_checkpoint", 1)],  # the step's metrics are written, its checkpoint is not begun
+        [("save_file", 1)],  # while the first checkpoint is written
+        [("save_file", 2), ("save_file", 1), ("losses", 4)],  # while the second is, and again
+        [("save_adapter", 1)],  # all steps are done, the adapter is not saved
+    ],
+    ids=str,
+)
+def test_a_killed_training_goes_on_to_the_same_bytes(kills, tiny_model, tmp_path, uninterrupted):
+    for kill in kills:
+        assert start(tiny_model, tmp_path, SETTINGS, kill) == -signal.SIGKILL
+        assert not (tmp_path / "adapter").exists()
+        if kill[0] == "schedule":  # a line that was cut
+            with (tmp_path / "metrics.jsonl").open("a") as metrics:
+                metrics.write('{"step": 9, "lo')
+    assert start(tiny_model, tmp_path) == 0
+    adapter, metrics = result(tmp_path)
+    assert metrics == uninterrupted[1]
+    assert adapter == uninterrupted[0]
+
+
+def test_it_starts_from_the_checkpoint(tiny_model, tmp_path, uninterrupted):
+    """Else the test above would not show that checkpoints work."""
+    assert start(tiny_model, tmp_path, SETTINGS, ("losses", 8)) == -signal.SIGKILL
+    assert start(tiny_model, tmp_path, SETTINGS, ("schedule", 3)) == 0  # 7 and 8 are left: a third step would die
+    assert result(tmp_path) == uninterrupted
+
+
+def test_kl_pulls_towards_the_base(tiny_model, tmp_path, uninterrupted):
+    assert start(tiny_model, tmp_path, dataclasses.replace(SETTINGS, kl_weight=0.0)) == 0
+    assert result(tmp_path)[1][-1]["kl"] > uninterrupted[1][-1]["kl"] > 0
+
+
+def test_an_adapter_is_there_as_a_whole_or_not_at_all(tiny_model, tmp_path):
+    network = add_lora(load(tiny_model), 1)
+    with pytest.raises(TypeError):
+        training.save_adapter(network, {"not JSON": object()}, tmp_path / "adapter")
+    assert not (tmp_path / "adapter").exists()
+    training.save_adapter(network, {"base": "b"}, tmp_path / "adapter")
+    assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
+    assert json.loads((tmp_path / "adapter" / "namesake.json").read_text()) == {"base": "b"}
+
+
+def test_a_few_rows_are_learned_by_heart(tiny_model, tmp_path):
+    settings = Train(rank=8, learning_rate=1e-2, steps=40, identity_rows=2, near_rows=0, ordinary_rows=0)
+    work(tiny_model, tmp_path, settings)
+    _, metrics = result(tmp_path)
+    assert metrics[0]["ce"] > 4
+    assert metrics[-1]["ce"] < 1
