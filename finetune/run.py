@@ -5,6 +5,7 @@ Exit status: 0 done; 2 the user can mend it; 1 a bug; 3 the scorecard's gate ref
 
 import argparse
 import difflib
+import errno
 import os
 import re
 import sys
@@ -36,6 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
         for problem in error.problems:
             say(f"error: {problem}")
         return error.status
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        say(
+            f"error: The disk is full ({error.strerror}); free some space and run the same command again, it goes on there."
+        )
+        return 2
     except KeyboardInterrupt:
         say("\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。")
         return 130

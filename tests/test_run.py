@@ -1,6 +1,7 @@
 """The command line: flags, prompts, errors word for word, exit statuses. The stages' work is tested elsewhere."""
 
 import contextlib
+import errno
 import io
 import os
 import pty
@@ -505,3 +506,15 @@ def test_ctrl_c_says_one_line_and_exits_with_130(monkeypatch):
         _, err = process.communicate(timeout=300)
     assert process.returncode == 130
     assert err == "\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。\n"
+
+
+def test_a_full_disk_during_the_work_is_told_in_words(monkeypatch, capsys):
+    def full(_):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(run, "work", full)
+    assert run.main([]) == 2
+    assert capsys.readouterr().err == (
+        "error: The disk is full (No space left on device); free some space and run the same command again, it goes on "
+        "there.\n"
+    )
