@@ -500,7 +500,13 @@ def test_a_bug_shows_its_traceback_and_exits_with_1(monkeypatch):
 def test_ctrl_c_says_one_line_and_exits_with_130(monkeypatch):
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     work = "print('working', flush=True); time.sleep(60)"
-    with subprocess.Popen(driver(work), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        driver(work),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a shell ignores it for what runs behind it
+    ) as process:
         assert process.stdout.readline() == "working\n"
         process.send_signal(signal.SIGINT)
         _, err = process.communicate(timeout=300)
