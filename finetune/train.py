@@ -67,13 +67,18 @@ def batches(groups: Sequence[tuple[Sequence[Example], int]], steps: int, seed: i
 
 
 def parts(batch: Sequence[Example], device: torch.device) -> Iterator[list[Example]]:
-    """The batch in pieces of at most MOST_TOKENS, those of like length together."""
+    """The batch in about equal pieces of at most MOST_TOKENS, conversations of like length together."""
+    most = MOST_TOKENS[device.type]
+    total = sum(len(example.ids) for example in batch)
+    share = total / -(-total // most)
     piece: list[Example] = []
+    size = 0
     for example in sorted(batch, key=lambda example: len(example.ids)):
-        if piece and sum(len(e.ids) for e in piece) + len(example.ids) > MOST_TOKENS[device.type]:
+        if piece and (size >= share or size + len(example.ids) > most):
             yield piece
-            piece = []
+            piece, size = [], 0
         piece.append(example)
+        size += len(example.ids)
     yield piece
 
 
