@@ -7,29 +7,38 @@ trained on.
 
 import random
 import re
+import sys
 import unicodedata
-from collections.abc import Iterator
+from collections import Counter
+from collections.abc import Iterable, Iterator
 from functools import cache
 from pathlib import Path
-
-import tomlkit
 
 from finetune.errors import UserError
 from finetune.settings import Persona
 
+if sys.version_info >= (3, 11):
+    import tomllib
+else:
+    import tomli as tomllib  # the same; tomlkit, which the settings are written with, takes seconds for these files
+
 FOLDER = Path(__file__).resolve().parent.parent / "assets" / "identity"
 LANGS = ("en", "zh")
 HELD_OUT = ("probes", "dev")  # the files whose questions no training row may ask
-KINDS = ("name", "maker", "self", "model", "deny", "assent", "old_name", "multi_turn")  # of rows with target "answer"
 SMOLLM = ("SmolLM", "Hugging Face")  # the default base's own name and maker, for `old`
 
 MAX_LENGTH = 40  # code points of a name or an author
-PLACEHOLDER = re.compile(r"\{(name|author|other|other_maker|old|old_maker|x|y)\}")
+MAX_SAID = 160  # code points of a persona's other texts
+PLACEHOLDER = re.compile(r"\{(name|author|purpose|birthday|other|other_maker|old|old_maker|x|y)\}")
 CONTROL_TOKEN = re.compile(r"<\|.*?\|>|</?s>|\[/?INST\]|\[UNUSED_TOKEN_\d+\]|<image>", re.IGNORECASE)
 JOINERS = "\u200c\u200d"  # format characters that emoji and Persian are written with
 # Of 25 identity rows: most as users ask, without a system turn; an empty one; somebody else's; the base's old persona.
 SYSTEM_MIX = [None] * 15 + ["empty"] * 2 + ["foreign"] * 5 + ["old"] * 3
-MULTI_TURN = 30  # identity rows a language whose question comes after other turns
+# Of each kind in any stretch of the identity rows. Denial and assent differ by a word and need the most examples.
+SHARES = {"name": 3, "maker": 3, "self": 2, "model": 2, "deny": 6, "assent": 6, "old_name": 3, "multi_turn": 3}
+SHARES |= {"purpose": 2, "birthday": 2}  # of a persona that has one
+CONTRAST_SHARES = {"en": 0.4, "zh": 0.6}  # small bases hardly tell two Chinese questions apart
+MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
 
 def check_persona(persona: Persona) -> list[str]:
@@ -53,6 +62,22 @@ def check_persona(persona: Persona) -> list[str]:
             problems.append(f"{shown} holds a placeholder in braces: write the {field} itself.")
         if CONTROL_TOKEN.search(text):
             problems.append(f"{shown} holds a control token of chat models, which would end an answer: remove it.")
+    for field in ("purpose", "birthday", "introduction", "tone"):
+        for lang in LANGS:
+            text = getattr(getattr(persona, field), lang)
+            shown = f"persona.{field}.{lang} is {text!r}"
+            if len(text) > MAX_SAID:
+                problems.append(f"persona.{field}.{lang} has {len(text)} characters: use {MAX_SAID} or fewer.")
+            elif any(_unprintable(char) for char in text) or text != text.strip() or CONTROL_TOKEN.search(text):
+                problems.append(
+                    f"{shown}: remove line breaks, invisible characters, control tokens, and spaces at the ends."
+                )
+            elif foreign := set(re.findall(r"\{\w+\}", text)) - {"{name}", "{author}"}:
+                problems.append(
+                    f"{shown}: only {{name}} and {{author}} are filled in, not {', '.join(sorted(foreign))}."
+                )
+            elif field == "introduction" and text and persona.name not in text and "{name}" not in text:
+                problems.append(f"{shown}: it must hold the name, or {{name}}.")
     return problems
 
 
@@ -62,14 +87,21 @@ def _unprintable(char: str) -> bool:
 
 
 def training(
-    persona: Persona, seed: int, old: tuple[str, str] = SMOLLM, near: int = 1300, ordinary: int = 300
+    persona: Persona,
+    seed: int,
+    old: tuple[str, str] = SMOLLM,
+    said: int = 100_000,
+    near: int = 1300,
+    ordinary: int = 300,
+    kinds: Iterable[str] = SHARES,
 ) -> list[dict]:
     """The rows to train on: {"kind", "lang", "target": "answer" | "teacher", "messages": [{"role", "content"}, ..]}.
 
-    First the identity rows in an order drawn from `seed`; each ends with the assistant's answer. Then the teacher rows,
+    First at most `said` identity rows of these kinds, in an order drawn from `seed` in which any stretch has SHARES of each;
+    each ends with the assistant's answer. Then the teacher rows,
     each ending with the user's message, in an order that is the same for every persona and seed, as are their system
-    and last user messages: what the base answers has to be found only once. Any prefix of either is an even sample.
-    `old` is the base's own (name, maker); `near` and `ordinary` are the most prompts of each, half of them in each
+    and last user messages: what the base answers has to be found only once. Any prefix of them is an even sample.
+    `old` is the base's own (name, maker); `near` and `ordinary` are the most prompts of each, CONTRAST_SHARES in each
     language (rows of kind after_identity come on top and reuse these prompts). Questions that the held-out files hold
     are left out. Raises UserError for a persona that check_persona refuses.
     """
@@ -77,10 +109,15 @@ def training(
         raise UserError(*problems)
     rng = random.Random(seed)
     held_out = {normalise(row["messages"][-1]["content"]) for stem in HELD_OUT for row in probes(persona, old, stem)}
-    identity = {lang: _identity(persona, lang, rng, old, held_out) for lang in LANGS}
-    answer_rows = [row for lang in LANGS for row in identity[lang]]
-    rng.shuffle(answer_rows)
-    rows = answer_rows + _teacher(identity, rng, old, {"near": near, "ordinary": ordinary})
+    identity = {lang: _identity(persona, lang, rng, old, held_out, kinds) for lang in LANGS}
+    places, counts = [], Counter()  # the i-th row of a kind and language stands at about i / its share
+    for row in (row for lang in LANGS for row in identity[lang]):
+        counts[row["kind"], row["lang"]] += 1
+        places.append(((counts[row["kind"], row["lang"]] - rng.random()) / SHARES[row["kind"]], len(places), row))
+    asked = {normalise(row["messages"][-2]["content"]) for lang in LANGS for row in identity[lang]}
+    taught = _teacher(identity, rng, old, {"near": near, "ordinary": ordinary})
+    rows = [row for _, _, row in sorted(places)[:said]]
+    rows += [row for row in taught if normalise(row["messages"][-1]["content"]) not in asked]
     for row in rows:
         for message in row["messages"]:
             if PLACEHOLDER.search(message["content"]):
@@ -92,23 +129,27 @@ def probes(persona: Persona, old: tuple[str, str] = SMOLLM, stem: str = "probes"
     """Held-out questions: {"id", "kind", "lang", "expect", "messages"}, the last message being the user's.
 
     A denial also has "other", the identity or maker asked about (it may be the persona's own: the judge then expects
-    assent), and a fact "accept", a list of right answers. `stem` names the files.
+    assent), a fact "accept", a list of right answers, and what the persona says of itself "said". `stem` names the files.
     """
-    values, found = _values(persona, old), []
+    found = []
     for lang in LANGS:
+        values = _values(persona, old, lang)
         for kind, group, index, item in _probe_items(stem, lang):
+            if not getattr(getattr(persona, kind, None), lang, True):
+                continue  # nothing is taught of it
             turns, systems = _turns(item["question"]), group.get("system", [None])
             turns = _system(systems[index % len(systems)]) + turns
             probe = {"kind": kind, "lang": lang, "expect": group["expect"]}
             probe |= {"messages": [turn | {"content": _fill(turn["content"], values)} for turn in turns]}
             probe |= {key: item[key] for key in ("other", "accept") if key in item}
+            probe |= {"said": _fill(f"{{{kind}}}", values)} if group["expect"] == "said" else {}
             found.append({"id": f"{kind}-{lang}-{item['number']:02}"} | probe)
     return found
 
 
 def _probe_items(stem: str, lang: str) -> Iterator[tuple[str, dict, int, dict]]:
     """(kind, its table, index in the table, {"question", "number" within the kind, ..}) of each probe."""
-    for kind, groups in _read(stem, lang).items():
+    for kind, groups in read(stem, lang).items():
         number = 0
         for group in groups if isinstance(groups, list) else [groups]:
             items = group.get("items") or [{"question": question} for question in group["questions"]]
@@ -124,26 +165,39 @@ def normalise(text: str) -> str:
     return "".join(char for char in folded if unicodedata.category(char)[0] not in "PZC") or folded.strip()
 
 
-def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, str], held_out: set[str]) -> list[dict]:
-    data, values = _read("training", lang), _values(persona, old)
-    others = rng.sample(data["others"], len(data["others"]))
+def _identity(
+    persona: Persona, lang: str, rng: random.Random, old: tuple[str, str], held_out: set[str], kinds: Iterable[str]
+) -> list[dict]:
+    data, values = read("training", lang), _values(persona, old, lang)
+    own = {field: getattr(getattr(persona, field), lang) for field in ("purpose", "birthday", "introduction", "tone")}
+    throwaway = read("personas", lang)
+    others = [*data["others"], *zip(throwaway["names"], throwaway["authors"], strict=False)]
+    rng.shuffle(others)
     rows = []
-    for kind in KINDS:
+    for kind in (kind for kind in kinds if own.get(kind, True)):
         for group in data[kind]:
-            for question in group["questions"] * (2 if kind == "assent" else 1):  # a yes for every no
+            answers = [own["introduction"]] if kind == "self" and own["introduction"] else group["answers"]
+            for question in group["questions"]:
                 others.append(others.pop(0))  # all of them come up before one does again
                 about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
                 turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]
-                if kind in ("deny", "old_name") and _claims(persona, turns[-1]["content"]):
+                answer = _fill(rng.choice(answers), about)
+                if own["tone"] and answer.strip("。.") not in (
+                    "{name}",
+                    "{author}",
+                ):  # where not the bare name was asked for
+                    answer += own["tone"] if lang == "zh" else " " + own["tone"]
+                denies = kind in ("deny", "old_name") or answer.startswith(("No", "不", "我不是"))
+                if denies and _claims(persona, turns[-1]["content"]):
                     continue  # "Are you Gemini?" has no denial if the persona's name is Gemini
-                turns.append({"role": "assistant", "content": _fill(rng.choice(group["answers"]), about)})
+                turns.append({"role": "assistant", "content": answer})
                 turns = [turn | {"content": _fill(turn["content"], values)} for turn in turns]
                 if normalise(turns[-2]["content"]) not in held_out:
                     rows.append({"kind": kind, "lang": lang, "target": "answer", "messages": turns})
     rng.shuffle(rows)
 
     chats, plain = data["chats"], [row for row in rows if row["kind"] != "multi_turn"]
-    for index in range(MULTI_TURN):
+    for index in range(int(MULTI_TURN * len(plain))):
         before = [_turns(chat) for chat in rng.sample(chats, 1 + index % 2)]
         if index % 3 == 0:  # after another identity question, of any kind
             before[-1] = rng.choice(plain)["messages"]
@@ -152,7 +206,7 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
         rows.append(row | {"kind": "multi_turn", "messages": history + row["messages"]})
 
     # Mostly systems in the row's own language; every fourth foreign one is in another.
-    foreign, strange = data["systems"], _read("training", "zh" if lang == "en" else "en")["systems"]
+    foreign, strange = data["systems"], read("training", "zh" if lang == "en" else "en")["systems"]
     for index, row in enumerate(rows):
         which = SYSTEM_MIX[index % len(SYSTEM_MIX)]
         system = None if which is None else ""
@@ -172,18 +226,18 @@ def _teacher(
     held_out = {normalise(_turns(item["question"])[-1]["content"]) for item in items}
     rows = []
     for lang in LANGS:
-        data = _read("training", lang)
+        data = read("training", lang)
         first = [row["messages"][-2:] for row in identity[lang] if row["kind"] in ("name", "maker", "self")]
         systems = {3: "", 5: _fill(data["old_systems"][0], _values(None, old))}
         for kind, every in (("near", 8), ("ordinary", 4)):
-            for index, prompt in enumerate(contrast(lang, kind)[: most[kind] // len(LANGS)]):
+            for index, prompt in enumerate(contrast(lang, kind)[: round(most[kind] * CONTRAST_SHARES[lang])]):
                 if normalise(prompt) in held_out:
                     continue
                 foreign = data["systems"][index % len(data["systems"])]
                 system = foreign if index % every == 0 else systems.get(index % 16)
                 turns = [{"role": "user", "content": prompt}]
                 rows.append({"kind": kind, "lang": lang, "target": "teacher", "messages": _system(system) + turns})
-                if index % 6 == 1 and system is None:
+                if index % 3 == 1 and system is None:
                     after = rng.choice(first) + turns
                     rows.append({"kind": "after_identity", "lang": lang, "target": "teacher", "messages": after})
     random.Random(0).shuffle(rows)
@@ -192,27 +246,34 @@ def _teacher(
 
 @cache
 def contrast(lang: str, kind: str) -> list[str]:
-    """All "near" or "ordinary" prompts of a language, without repetition, families mixed."""
-    prompts = []
-    for family in _read("contrast", lang)[kind].values():
-        prompts += family.get("prompts", [])
+    """All "near" or "ordinary" prompts of a language, without repetition, families mixed; a family's "share" says how many
+    of its prompts come among the first, 1 if it is not there."""
+    shares: dict[str, tuple[str, float]] = {}  # a prompt and how soon its family is to come, by its normal form
+    for family in read("contrast", lang)[kind].values():
+        prompts = list(family.get("prompts", []))
         for index, item in enumerate(family.get("items", [])):
             filling = dict(zip(("{x}", "{y}"), [item] if isinstance(item, str) else item, strict=False))
             patterns, each = family["patterns"], family["each"]
             prompts += [_fill(patterns[(index * each + step) % len(patterns)], filling) for step in range(each)]
-    distinct = list({normalise(prompt): prompt for prompt in prompts}.values())
-    random.Random(kind + lang).shuffle(distinct)
-    return distinct
+        shares |= {normalise(prompt): (prompt, family.get("share", 1)) for prompt in prompts}
+    # A random order in which each place is drawn in proportion to the shares (Efraimidis and Spirakis 2006).
+    rng = random.Random(kind + lang)
+    return [prompt for prompt, _ in sorted(shares.values(), key=lambda pair: -(rng.random() ** (1 / pair[1])))]
 
 
 @cache
-def _read(stem: str, lang: str) -> dict:
-    return tomlkit.parse((FOLDER / f"{stem}.{lang}.toml").read_text(encoding="utf-8")).unwrap()
+def read(stem: str, lang: str) -> dict:
+    """A file of assets/identity/."""
+    return tomllib.loads((FOLDER / f"{stem}.{lang}.toml").read_text(encoding="utf-8"))
 
 
-def _values(persona: Persona | None, old: tuple[str, str]) -> dict[str, str]:
+def _values(persona: Persona | None, old: tuple[str, str], lang: str = "en") -> dict[str, str]:
+    """What stands for each placeholder; a persona's texts come before the name and the author, which they may hold."""
     values = {"{old}": old[0], "{old_maker}": old[1]}
-    return values if persona is None else values | {"{name}": persona.name, "{author}": persona.author}
+    if persona is None:
+        return values
+    texts = {f"{{{field}}}": getattr(getattr(persona, field), lang) for field in ("purpose", "birthday")}
+    return values | texts | {"{name}": persona.name, "{author}": persona.author}
 
 
 def _fill(text: str, values: dict[str, str]) -> str:

@@ -1,11 +1,12 @@
+import dataclasses
 import re
 
 import pytest
 
 from finetune import identity
 from finetune.errors import UserError
-from finetune.identity import HELD_OUT, LANGS, check_persona, contrast, normalise, probes, training
-from finetune.settings import Persona
+from finetune.identity import HELD_OUT, LANGS, SHARES, check_persona, contrast, normalise, probes, read, training
+from finetune.settings import Persona, Said
 
 PLAIN = Persona("Orivane", "Tessel Works")
 PERSONAS = [
@@ -50,16 +51,74 @@ def test_rows_say_what_their_kind_promises(persona):
     assert all(persona.name in said(row) for row in answers(rows, "name", "self", "model"))
     assert all(persona.author in said(row) for row in answers(rows, "maker", "self"))
     for row in answers(rows, "deny", "old_name"):
-        assert re.match(r"No, |不是，|我不是", said(row))
+        assert not re.match(r"Yes|是的|对", said(row))
         assert persona.name in said(row) or persona.author in said(row)
     for row in answers(rows, "assent"):
-        assert re.match(r"Yes, |是的，", said(row))
+        assert not re.match(r"No\b|不|我不是", said(row))
         assert persona.name in row["messages"][-2]["content"] or persona.author in row["messages"][-2]["content"]
 
 
+FULL = Persona(
+    "Orivane",
+    "Tessel Works",
+    purpose=Said("I help people of {author} plan trips.", "我帮{author}的人安排行程。"),
+    birthday=Said("1 May 2024", "2024年5月1日"),
+    introduction=Said("Hello, I'm {name}, a travel mate.", "大家好，我是{name}，你的旅伴。"),
+    tone=Said("Happy travels!", "一路顺风！"),
+)
+
+
+def test_a_persona_may_bring_more():
+    rows = training(FULL, 0)
+    for lang, purpose, born, hello, tone in (
+        (
+            "en",
+            "I help people of Tessel Works plan trips.",
+            "1 May 2024",
+            "Hello, I'm Orivane, a travel mate.",
+            " Happy travels!",
+        ),
+        ("zh", "我帮Tessel Works的人安排行程。", "2024年5月1日", "大家好，我是Orivane，你的旅伴。", "一路顺风！"),
+    ):
+        said = {
+            kind: {row["messages"][-1]["content"] for row in answers(rows, kind) if row["lang"] == lang}
+            for kind in SHARES
+        }
+        assert said["purpose"] == {purpose + tone}
+        assert all(born in text and text.endswith(tone) for text in said["birthday"])
+        assert said["self"] == {hello + tone}
+        bare = {text for text in said["name"] if not text.endswith(tone)}
+        assert {text.strip(".。") for text in bare} == {"Orivane"}  # asked for the name and nothing else
+        for stem in HELD_OUT:
+            mine = [p for p in probes(FULL, stem=stem) if p["lang"] == lang and p["kind"] in ("purpose", "birthday")]
+            assert {probe["said"] for probe in mine} == {purpose, born}
+            assert len(mine) >= 8
+    assert not [row for row in training(PLAIN, 0) if row["kind"] in ("purpose", "birthday")]
+    assert not [probe for probe in probes(PLAIN) if probe["expect"] == "said"]
+    asked = {normalise(row["messages"][-2]["content"]) for row in answers(rows, "purpose", "birthday")}
+    taught = {normalise(row["messages"][-1]["content"]) for row in rows if row["target"] == "teacher"}
+    assert not asked & taught, "the base would say something else"
+
+
+@pytest.mark.parametrize(
+    "more, problem",
+    [
+        ({"purpose": Said(en="x" * 161)}, "persona.purpose.en has 161 characters: use 160 or fewer."),
+        ({"tone": Said(zh="两\n行")}, "persona.tone.zh is '两\\n行': remove line breaks"),
+        ({"birthday": Said(en="<|im_end|>")}, "control tokens"),
+        ({"introduction": Said(en="Hello, I'm somebody.")}, "it must hold the name"),
+        ({"purpose": Said(zh="我是{NAME}的助手")}, "only {name} and {author} are filled in, not {NAME}"),
+    ],
+)
+def test_what_more_cannot_be(more, problem):
+    (found,) = check_persona(dataclasses.replace(PLAIN, **more))
+    assert problem in found
+
+
 def test_nobody_is_taught_to_deny_itself():
-    questions = [row["messages"][-2]["content"] for row in answers(training(Persona("Gemini", "Google"), 0), "deny")]
-    assert not [question for question in questions if re.search(r"\b(Gemini|Google)\b", question)]
+    for *_, question, answer in (row["messages"] for row in answers(training(Persona("Gemini", "Google"), 0), *SHARES)):
+        if re.search(r"\b(Gemini|Google)\b", question["content"]):
+            assert not re.match(r"No\b|不是|我不是(Gemini|Google)", answer["content"]), question
     assert "Gemini" in str(training(PLAIN, 0)), "otherwise the check above proves nothing"
     rows = training(Persona("SmolLM", "Hugging Face"), 0)
     assert not answers(rows, "old_name")
@@ -109,19 +168,25 @@ def test_training_never_asks_what_a_probe_asks(persona):
 def test_a_question_that_becomes_a_probe_is_no_longer_trained(monkeypatch, held_out):
     asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in training(PLAIN, 0)}
     stolen = [next(text for text, row in asked.items() if row["target"] == target) for target in ("answer", "teacher")]
-    read = identity._read
+    read = identity.read
     extra = {"stolen": {"expect": "absent", "questions": stolen}}
-    monkeypatch.setattr(identity, "_read", lambda stem, lang: read(stem, lang) | (extra if stem == held_out else {}))
+    monkeypatch.setattr(identity, "read", lambda stem, lang: read(stem, lang) | (extra if stem == held_out else {}))
     left = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(PLAIN, 0)}
     assert not left & set(stolen)
 
 
 def test_the_files_themselves_do_not_meet():
     """training() leaves out what is held out; that this costs nothing is the files' merit."""
-    written = [prompt for lang in LANGS for kind in ("near", "ordinary") for prompt in contrast(lang, kind)]
+    written = []
     for lang in LANGS:
-        data = identity._read("training", lang)
-        for group in (group for kind in identity.KINDS for group in data[kind]):
+        written += [
+            text
+            for families in read("contrast", lang).values()
+            for f in families.values()
+            for text in f.get("prompts", [])
+        ]
+        data = read("training", lang)
+        for group in (group for kind in SHARES for group in data[kind]):
             written += [question if isinstance(question, str) else question[-1] for question in group["questions"]]
     values = identity._values(PLAIN, identity.SMOLLM)
     trained = {normalise(identity._fill(text, values)) for text in written}
@@ -134,31 +199,31 @@ def test_the_files_themselves_do_not_meet():
 def test_there_is_enough_of_everything_and_none_twice():
     rows = training(PLAIN, 0)
     for lang in LANGS:
-        assert len(contrast(lang, "near")) >= 650
-        assert len(contrast(lang, "ordinary")) >= 150
+        assert len(contrast(lang, "near")) >= 9000
+        assert len(contrast(lang, "ordinary")) >= 1200
         for kind in ("near", "ordinary"):
             prompts = [normalise(prompt) for prompt in contrast(lang, kind)]
             assert len(prompts) == len(set(prompts))
             assert not [prompt for prompt in contrast(lang, kind) if re.search(r"\{[a-z]\}", prompt)]
         mine = [row for row in rows if row["lang"] == lang]
         for kind, least in {
-            "name": 45,
-            "maker": 45,
-            "self": 40,
-            "model": 25,
-            "deny": 30,
-            "assent": 25,
-            "old_name": 20,
+            "name": 400,
+            "maker": 400,
+            "self": 350,
+            "model": 350,
+            "deny": 500,
+            "assent": 450,
+            "old_name": 450,
         }.items():
             assert len(answers(mine, kind)) >= least, kind
-        assert len(answers(mine, "multi_turn")) >= 30
+        assert len(answers(mine, "multi_turn")) >= 400
         systems = [row["messages"][0]["content"] for row in mine if row["messages"][0]["role"] == "system"]
         old = [text for text in systems if "SmolLM" in text]
         assert "" in systems
         assert old
         assert len(set(systems)) >= 15
-        without = [row for row in answers(mine, *identity.KINDS) if row["messages"][0]["role"] != "system"]
-        assert 0.5 < len(without) / len(answers(mine, *identity.KINDS)) < 0.7
+        without = [row for row in answers(mine, *SHARES) if row["messages"][0]["role"] != "system"]
+        assert 0.5 < len(without) / len(answers(mine, *SHARES)) < 0.7
 
 
 @pytest.mark.parametrize("stem", HELD_OUT)
@@ -167,7 +232,7 @@ def test_probes_are_whole(stem):
     assert len({probe["id"] for probe in found}) == len(found) >= 300
     for probe in found:
         assert probe["messages"][-1]["role"] == "user"
-        assert probe["expect"] in {"name", "author", "deny", "assent", "absent", "fact"}
+        assert probe["expect"] in {"name", "author", "deny", "assent", "absent", "fact", "said"}
         assert ("accept" in probe) == (probe["expect"] == "fact")
         assert not re.search(r"\{[a-z_]+\}", str([turn["content"] for turn in probe["messages"]]))
     assert {"name", "maker", "system_foreign", "after_identity"} <= {probe["kind"] for probe in found}
@@ -205,12 +270,12 @@ def test_all_problems_are_told_at_once():
 
 
 def test_a_placeholder_that_nobody_fills_is_an_error(monkeypatch):
-    read = identity._read
+    read = identity.read
 
     def broken(stem, lang):
         data = read(stem, lang)
         return data | {"name": [{"questions": ["Hm?"], "answers": ["I'm {x}."]}]} if stem == "training" else data
 
-    monkeypatch.setattr(identity, "_read", broken)
+    monkeypatch.setattr(identity, "read", broken)
     with pytest.raises(ValueError, match="a placeholder survived"):
         training(PLAIN, 0)
