@@ -12,6 +12,8 @@ from transformers import DynamicCache, PreTrainedModel
 
 from finetune.chat_format import ChatFormat, Message
 
+BATCH = {"cpu": 64, "cuda": 1024}  # rows decoded together
+
 Pick = Callable[[Tensor], Tensor]  # logits [rows, vocabulary] -> token ids [rows]
 
 
@@ -40,7 +42,7 @@ def sampler(temperature: float, top_p: float = 1.0, seed: int | None = None) -> 
             source.manual_seed(seed) if seed is not None else source.seed()
         probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
         before = probabilities.cumsum(-1) - probabilities
-        drawn = probabilities.masked_fill(before >= top_p, 0).multinomial(1, generator=source)
+        drawn = probabilities.masked_fill((before >= top_p) & (before > 0), 0).multinomial(1, generator=source)
         return order.gather(-1, drawn).squeeze(-1)
 
     return pick
@@ -98,10 +100,11 @@ def complete(
     stop_ids: Sequence[int],
     max_new_tokens: int,
     *,
-    batch: int = 64,
+    batch: int | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers to all prompts, in their order. Prompts of like length are decoded together."""
+    """Greedy answers to all prompts, in their order. Prompts of like length are decoded together, `batch` at once."""
+    batch = batch or BATCH[model.device.type]
     answers: list[Answer | None] = [None] * len(prompts)
     order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(order), batch):

@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -10,11 +11,11 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune import embedded
-from finetune.chat_format import END, START, ChatFormat
+from finetune.chat_format import END, START, ChatFormat, Message
 from finetune.errors import UserError
 from finetune.hub import FILES, pull
 
@@ -145,6 +146,36 @@ def chat_format(folder: Path) -> ChatFormat:
     return own
 
 
+class OwnFormat:
+    """Prompts as the model's own users get them: by the chat template in its folder, whatever its format. Raises UserError
+    where there is none."""
+
+    def __init__(self, folder: Path) -> None:
+        self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+        if not self.tokenizer.chat_template:
+            raise UserError(f"The model in {folder} has no chat template: it cannot be asked. Choose a chat model.")
+        stop = GenerationConfig.from_model_config(
+            AutoConfig.from_pretrained(folder, local_files_only=True)
+        ).eos_token_id
+        if (folder / "generation_config.json").is_file():
+            stop = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        self.stop_ids = stop if isinstance(stop, list) else [self.tokenizer.eos_token_id if stop is None else stop]
+
+    def prompt(self, messages: Sequence[Message]) -> list[int]:
+        try:
+            return self._render(messages)
+        except TemplateError:  # some know no system message: what it says then goes before the user's
+            first, second, *rest = messages
+            merged = {"role": "user", "content": f"{first['content']}\n\n{second['content']}".strip()}
+            return self._render([merged, *rest])
+
+    def _render(self, messages: Sequence[Message]) -> list[int]:
+        return self.tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=False)
+
+    def decode(self, ids: Sequence[int]) -> str:
+        return self.tokenizer.decode(ids, skip_special_tokens=True)
+
+
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of an ordinary folder, ready for inference, on the GPU if there is one. No remote code, no pickles."""
     check_folder(folder)
@@ -154,18 +185,31 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(device()).eval()
 
 
-def add_lora(model: PreTrainedModel, rank: int) -> "PeftModel":
-    """A fresh LoRA adapter on every linear layer but the output head; only its float32 weights require gradients."""
-    from peft import LoraConfig, get_peft_model
+def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0) -> "PeftModel":
+    """A LoRA adapter on every linear layer but the output head; only its float32 weights require gradients.
 
+    It is fresh, or begins as `starter`, an adapter of that rank, whose weights below `first_layer` stay as they are.
+    """
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from peft.tuners.lora import LoraLayer
+
+    if starter:
+        tuned = PeftModel.from_pretrained(model, starter, is_trainable=True)
+    else:
+        config = LoraConfig(
+            r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
+        )
+        tuned = get_peft_model(model, config)
+    for layer in model.base_model.layers[: first_layer if starter else 0]:
+        layer.requires_grad_(False)
+        for module in layer.modules():
+            if isinstance(module, LoraLayer):
+                module.merge()  # one product instead of three; the adapter keeps its own weights beside
     if has_fast_bf16():  # else autocast would round the frozen weights anew at every step
         for module in model.modules():
-            if isinstance(module, torch.nn.Linear) and module is not model.get_output_embeddings():
-                module.to(torch.bfloat16)
-    return get_peft_model(
-        model,
-        LoraConfig(r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"),
-    )
+            if isinstance(module, LoraLayer):
+                module.get_base_layer().to(torch.bfloat16)
+    return tuned
 
 
 def check_adapter(adapter: Path, base: Path) -> None:

@@ -1,7 +1,7 @@
 """Did the identity take, and what did it cost: rules that judge an answer, the figures, and the gate. Imports no torch.
 
 A probe is a dict: id, kind, lang, expect, messages (the last is the user's); "fact" has also accept (any of these strings
-in the answer is right), and "deny" may have other (the identity or maker that was asked about).
+in the answer is right), "said" has said (what the persona says of itself), and "deny" may have other (the identity or maker that was asked about).
 """
 
 import math
@@ -15,7 +15,7 @@ from finetune.settings import Persona
 
 IDENTITY_KINDS = (
     "name", "maker", "self", "model", "deny", "assent", "old_name",
-    "multi_turn", "system_empty", "system_foreign", "system_old",
+    "purpose", "birthday", "multi_turn", "system_empty", "system_foreign", "system_old",
 )  # fmt: skip
 LEAK_KINDS = ("near", "ordinary", "after_identity")
 PARROT_SIMILARITY = 0.8  # Jaccard index of character 3-grams from which two answers count as copies
@@ -293,6 +293,8 @@ def judge(probe: dict[str, Any], answer: str, persona: Persona, ordinary: Collec
     expect = probe["expect"]
     if expect == "fact":
         return any(_states(answer, accepted) for accepted in probe["accept"])
+    if expect == "said":  # its beginning: a long answer is cut
+        return plain(probe["said"]).casefold()[:20] in plain(answer).casefold()
     if expect == "absent":
         return not _leaks(probe, answer, persona, ordinary)
 

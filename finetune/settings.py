@@ -17,15 +17,29 @@ DEFAULT_PRESET = "smollm2-135m-instruct"
 
 
 @dataclasses.dataclass(frozen=True)
+class Said:
+    """One thing in both languages; what is empty is not taught."""
+
+    en: str = ""
+    zh: str = ""
+
+
+@dataclasses.dataclass(frozen=True)
 class Persona:
-    """Who the assistant is."""
+    """Who the assistant is; in the texts {name} and {author} stand for these."""
 
     name: str = "小星"  # the example persona, for a run without a terminal
     author: str = "书生学员"
+    purpose: Said = Said()  # a sentence: what it is for
+    birthday: Said = Said()  # a date, as it is said
+    introduction: Said = Said()  # what it says when it introduces itself, instead of one short sentence
+    tone: Said = Said()  # a few words that end what it says about itself
 
 
 @dataclasses.dataclass(frozen=True)
 class Train:
+    starter: str = ""  # an adapter in assets/starters to begin from; empty: a fresh one
+    first_layer: int = 0  # the starter's weights in layers below this one stay as they are
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
     steps: int = 150
@@ -34,6 +48,7 @@ class Train:
     ordinary_rows: int = 4
     kl_weight: float = 3.0  # of KL(base || tuned) against the cross-entropy
     checkpoint_every: int = 10  # steps
+    develop_every: int = 25  # steps between looks at what the model says to development questions
 
 
 @dataclasses.dataclass(frozen=True)
@@ -65,7 +80,7 @@ class Settings:
     merge: Merge = Merge()
 
 
-AT_LEAST_ONE = ("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every")
+AT_LEAST_ONE = ("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every")
 
 
 def build(*layers: dict[str, Any]) -> Settings:

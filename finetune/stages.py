@@ -10,6 +10,7 @@ import shlex
 import shutil
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from functools import cached_property
 from pathlib import Path
@@ -23,8 +24,10 @@ from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
+STARTERS = ROOT / "assets" / "starters"
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
-ANSWER_TOKENS = 24  # of an answer that is scored
+ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
 MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
 
 
@@ -63,6 +66,12 @@ class Run:
         from finetune.chat_format import ChatFormat
 
         return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
+
+    @cached_property
+    def answer_tokens(self) -> int:
+        """Of an answer that is scored: enough to say the name and the author."""
+        said = self.tuned_format.tokenizer.encode(f"我是{self.persona.name}，由{self.persona.author}开发。").ids
+        return max(ANSWER_TOKENS, len(said) + 2)
 
     def ask_base(self, conversations: list[list[dict]], max_new_tokens: int) -> list[Any]:
         """The base's answers (generation.Answer) as its users get them: under its own template and default prompt."""
@@ -127,12 +136,34 @@ def check(run: Run, problems: Problems | None = None) -> None:
             f"The run's folder {run.folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some "
             "space or choose another folder with --run."
         )
+    problems.found += starter_problems(run, base_bytes > 0 and run.settings.base != embedded.NAME)
     if (free := psutil.virtual_memory().available) < (need := 3 * base_bytes + MEMORY_BYTES):
         problems.found.append(
             f"Finetuning {run.settings.base} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB is free; close "
             "other programs or choose a smaller --base."
         )
     problems.stop_if_any()
+
+
+def starter_problems(run: Run, base_is_there: bool) -> list[str]:
+    """What keeps the run from beginning with its starter."""
+    values = run.settings.train
+    if not values.starter:
+        return []
+    folder = STARTERS / values.starter
+    if not (folder / "adapter_config.json").is_file():
+        there = ", ".join(sorted(folder.name for folder in STARTERS.iterdir()))
+        return [f"There is no starter {values.starter!r}, there is {there}; correct train.starter or leave it empty."]
+    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
+    if rank != values.rank:
+        return [f"The starter {values.starter} has rank {rank} and train.rank is {values.rank}; set train.rank={rank}."]
+    made_for = json.loads((folder / "namesake.json").read_text())
+    if base_is_there and made_for["base_sha256"] != run.base_sha256:
+        return [
+            f"The starter {values.starter} was made for {made_for['base']}, and {run.settings.base} is another base; "
+            "train without it: --set train.starter=''."
+        ]
+    return []
 
 
 def missing_packages() -> list[str]:
@@ -170,7 +201,10 @@ def data(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     settings.write(run.settings, run.folder / "settings.toml")
     values = run.settings.train  # the base is asked no more than the steps will use
-    most = {"near": values.near_rows * values.steps, "ordinary": values.ordinary_rows * values.steps}
+    most = {
+        key: getattr(values, f"{row}_rows") * values.steps
+        for key, row in (("said", "identity"), ("near", "near"), ("ordinary", "ordinary"))
+    }
     rows = identity.training(run.persona, run.settings.seed, **most)
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS)
@@ -211,10 +245,24 @@ def train(run: Run) -> None:
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
     torch.manual_seed(run.settings.seed)
-    model = models.add_lora(models.load(run.base), values.rank)
+    if problems := starter_problems(run, base_is_there=True):
+        raise UserError(*problems)
+    starter = STARTERS / values.starter if values.starter else None
+    model = models.add_lora(models.load(run.base), values.rank, starter, values.first_layer)
     counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
-    training.train(model, [(examples[name], counts[name]) for name in examples], values, run.settings.seed, run.folder)
-    record = {"base": run.settings.base, "base_sha256": run.base_sha256, "format_hash": form.hash}
+    groups = [(examples[name], counts[name]) for name in examples]
+    batches = training.batches(groups, values.steps, run.settings.seed)
+    for _ in training.train(model, batches, values, run.folder, lambda model: develop(run, model)):
+        pass
+    history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    kept = training.best(history)
+    say(
+        f"Kept step {kept['step']} of {history[-1]['step']}: identity {kept['dev_identity']:.2f}, leak {kept['dev_leak']:.2f} on development questions."
+    )
+    if not kept["dev_passed"]:
+        say(f"Training did not reach what the gate asks for; wrong: {kept['dev_wrong']}.")
+    base = models.origin(run.base, run.settings.base)["base_model"]
+    record = {"base": base, "base_sha256": run.base_sha256, "format_hash": form.hash}
     training.save_adapter(model, record, run.folder / "adapter")
     shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
     run.note(
@@ -225,6 +273,34 @@ def train(run: Run) -> None:
         versions=versions(),
         hardware=hardware(),
     )
+
+
+def develop(run: Run, model: Any) -> dict[str, Any]:
+    """What `train.train` asks for, by a sample of the development questions: DEVELOP of each kind and language."""
+    from finetune.generation import answer_texts
+
+    counts: Counter[tuple[str, str]] = Counter()
+    probes = []
+    for probe in identity.probes(run.persona, stem="dev"):
+        key = probe["kind"], probe["lang"]
+        counts[key] += 1
+        if counts[key] <= (
+            0 if probe["kind"] == "fact" else DEVELOP * 2 if probe["kind"] in scorecard.LEAK_KINDS else DEVELOP
+        ):
+            probes.append(probe)
+    judged = scorecard.evaluate(
+        lambda conversations: answer_texts(model, run.tuned_format, conversations, run.answer_tokens),
+        probes,
+        run.persona,
+    )
+    figures = scorecard.summarise(judged)
+    wrong = Counter(f"{probe['kind']}/{probe['lang']}" for probe in judged if not probe["passed"])
+    return {
+        "identity": figures["identity"],
+        "leak": figures["leak"],
+        "passed": figures["identity"] >= run.settings.gate.identity and figures["leak"] <= run.settings.gate.leak,
+        "wrong": ", ".join(f"{count} of {kind}" for kind, count in wrong.most_common()),
+    }
 
 
 def versions() -> dict[str, str]:
@@ -242,22 +318,25 @@ def hardware() -> dict[str, Any]:
 # ------------------------------------------------------------------------------------------------------- evaluate
 
 
-def score(run: Run, model: Any, form: Any, base: list[dict]) -> dict[str, Any]:
-    """One side of the scorecard: the model's answers to all probes, judged, and its KL from the base. `base`: the base's
-    judged probes."""
+def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True) -> dict[str, Any]:
+    """One side of the scorecard: the model's answers to all probes, judged, and its KL from the base, whose output head it
+    must have for that. `base`: the base's judged probes."""
     import torch
     from tqdm import tqdm
 
     from finetune.generation import answer_texts
     from finetune.train import losses, parts, teacher_example
 
-    with tqdm(total=len(base), desc="Scoring", unit="answer") as bar:
+    probes = [{key: value for key, value in probe.items() if key not in ("answer", "passed")} for probe in base]
+    with tqdm(total=len(probes), desc="Scoring", unit="answer") as bar:
         judged = scorecard.evaluate(
-            lambda conversations: answer_texts(model, form, conversations, ANSWER_TOKENS, bar.update),
-            run.rows("probes.jsonl"),
+            lambda conversations: answer_texts(model, form, conversations, run.answer_tokens, bar.update),
+            probes,
             run.persona,
             base,
         )
+    if not kl:
+        return scorecard.summarise(judged, None, base)
     ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
     answers = run.ask_base(ordinary, ANSWER_TOKENS)
     examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
@@ -266,21 +345,42 @@ def score(run: Run, model: Any, form: Any, base: list[dict]) -> dict[str, Any]:
     return scorecard.summarise(judged, total / sum(len(example.positions) for example in examples), base)
 
 
-def base_answers(run: Run) -> list[dict]:
+def base_answers(run: Run, probes: list[dict]) -> list[dict]:
     """The probes answered by the base, judged."""
 
     def answer(conversations: list[list[dict]]) -> list[str]:
         return [run.base_format.decode(a.ids).strip() for a in run.ask_base(conversations, ANSWER_TOKENS)]
 
-    return scorecard.evaluate(answer, run.rows("probes.jsonl"), run.persona)
+    return scorecard.evaluate(answer, probes, run.persona)
 
 
 def evaluate(run: Run) -> None:
     from finetune import model as models
 
-    base = base_answers(run)
+    base = base_answers(run, run.rows("probes.jsonl"))
     tuned = score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
     write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": tuned})
+
+
+def evaluate_model(run: Run, ref: str) -> None:
+    """Any model that transformers opens, under its own chat template, beside the run's base: leaves scorecard.json alone.
+
+    KL is measured where the model has the base's output head, as one tuned from it has.
+    """
+    import torch
+
+    from finetune import model as models
+
+    if problems := identity.check_persona(run.persona):
+        raise UserError(*problems)
+    folder = models.base_folder(ref)
+    model, form = models.load(folder, models.inference_dtype()), models.OwnFormat(folder)
+    base = base_answers(run, identity.probes(run.persona))
+    heads = [m.get_output_embeddings().weight for m in (model, models.load(run.base, models.inference_dtype()))]
+    same_head = heads[0].shape == heads[1].shape and torch.equal(*heads)
+    scored = score(run, model, form, base, kl=same_head)
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": scored})
 
 
 def write_scorecard(run: Run, card: dict[str, Any]) -> None:
@@ -292,6 +392,8 @@ def write_scorecard(run: Run, card: dict[str, Any]) -> None:
 
 
 def merge(run: Run) -> None:
+    import torch
+
     from finetune import merge as merging
     from finetune import model as models
     from finetune.report import model_card
@@ -299,13 +401,18 @@ def merge(run: Run) -> None:
     origin = models.origin(run.base, run.settings.base)
 
     def finish(folder: Path, proof: dict[str, Any]) -> dict[str, Any]:
-        """The model card. Rounded weights are not those that were scored, so they are scored again before."""
-        if run.settings.merge.dtype != "float32":
-            card = run.read("scorecard.json")
-            card["merged"] = score(
-                run, models.load(folder, models.inference_dtype()), run.tuned_format, base_answers(run)
-            )
-            write_scorecard(run, card)
+        """The scorecard of what users get, and the model card."""
+        card = run.read("scorecard.json")
+        model, scored = (
+            models.load(folder, models.inference_dtype()),
+            models.load_merged(run.base, run.folder / "adapter"),
+        )
+        same = zip(model.parameters(), scored.parameters(), strict=True)
+        if models.chat_format(folder).hash == run.tuned_format.hash and all(torch.equal(*pair) for pair in same):
+            card["merged"] = card["tuned"]  # the same weights, bit for bit, give the same answers
+        else:
+            card["merged"] = score(run, model, models.chat_format(folder), card["base"]["answers"])
+        write_scorecard(run, card)
         (folder / "README.md").write_text(model_card(run, origin, proof), encoding="utf-8")
         return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
 

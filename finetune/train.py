@@ -6,11 +6,12 @@ nothing else changes, while the base is asked under its own default system promp
 """
 
 import contextlib
+import copy
 import json
 import random
 import shutil
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from peft import PeftModel
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -30,6 +31,7 @@ from finetune.settings import Train
 
 # Of one forward and backward pass, which decides the memory: about 3 MB a token on the default model.
 MOST_TOKENS = {"cpu": 512, "cuda": 16_384}
+STATE, BEST = "state.safetensors", "best.safetensors"  # in the folder checkpoint/
 
 
 class Example(NamedTuple):
@@ -108,10 +110,20 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
 
 
 def train(
-    model: PeftModel, groups: Sequence[tuple[Sequence[Example], int]], settings: Train, seed: int, folder: Path
-) -> None:
-    """Train the adapter in place. `folder` gets metrics.jsonl and, while training, checkpoint/: started again after a
-    kill at any moment, training goes on from there and ends with the same bytes as if it had never been interrupted."""
+    model: PeftModel,
+    batches: Iterable[list[Example]],
+    settings: Train,
+    folder: Path,
+    develop: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
+) -> Iterator[int]:
+    """Train the adapter in place, a batch a step; gives each step's number when it is done. `folder` gets metrics.jsonl and,
+    while training, checkpoint/: started again after a kill at any moment, training goes on from there and ends with the
+    same bytes as if it had never been interrupted.
+
+    `develop` asks the model (a merged copy), every `develop_every` steps, what behaviour decides: {"identity": share of questions about
+    itself answered right, "leak": share of others that bring the name up, "passed": whether that is enough}. When it
+    passes twice running, training is over; the weights of the best time are kept.
+    """
     core = model.get_base_model()  # the same modules, with the adapter in them
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate, weight_decay=0.0)
@@ -129,9 +141,11 @@ def train(
         tqdm(total=settings.steps, initial=done, desc="Training", unit="step") as bar,
         metrics_file.open("a") as metrics,
     ):
-        for step, batch in enumerate(batches(groups, settings.steps, seed), 1):
+        for step, batch in enumerate(batches, 1):
             if step <= done:
                 continue
+            if [line["dev_passed"] for line in asked(history)[-2:]] == [True, True]:
+                break
             said = sum(len(example.positions) for example in batch if example.targets is not None)
             pulled = sum(len(example.positions) for example in batch if example.targets is None)
             ce = kl = 0.0  # means over the step's tokens, in nats
@@ -152,13 +166,36 @@ def train(
             seconds = earlier + time.perf_counter() - began
             line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": rate}
             line |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
+            if develop and (step % settings.develop_every == 0 or step == settings.steps):
+                with autocast, torch.no_grad():
+                    asked_model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
+                    line |= {f"dev_{key}": value for key, value in develop(asked_model).items()}
+                    del asked_model
+                if best([*history, line]) is line:
+                    save_whole({name: weight.detach() for name, weight in weights.items()}, checkpoint / BEST)
+            history.append(line)
             metrics.write(json.dumps(line) + "\n")
             metrics.flush()
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s")
             bar.update()
             if step % settings.checkpoint_every == 0:
                 save_checkpoint(checkpoint, weights, optimizer, step)
+            yield step
+    if asked(history) and best(history) is not history[-1]:
+        with torch.no_grad():
+            for name, weight in load_file(checkpoint / BEST).items():
+                weights[name].copy_(weight)
     model.eval()
+
+
+def asked(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """The lines of metrics.jsonl that say what `develop` found."""
+    return [line for line in history if "dev_identity" in line]
+
+
+def best(history: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """The line at which behaviour was best; a difference of less than a twentieth is chance, then the later one."""
+    return max(asked(history), key=lambda line: (round(20 * (line["dev_identity"] - line["dev_leak"])), line["step"]))
 
 
 def schedule(step: int, steps: int) -> float:
@@ -171,15 +208,19 @@ def save_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.o
     tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
     for name, weight in weights.items():
         tensors |= {f"{key}.{name}": optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
-    folder.mkdir(exist_ok=True)
-    new = folder / "state.tmp"
-    save_file(tensors, new, metadata={"step": str(step)})
-    new.replace(folder / "state.safetensors")
+    save_whole(tensors, folder / STATE, step=str(step))
+
+
+def save_whole(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
+    file.parent.mkdir(exist_ok=True)
+    new = file.with_suffix(".tmp")
+    save_file(tensors, new, metadata=metadata)
+    new.replace(file)
 
 
 def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
     """Restore the last checkpoint, if there is one. Returns the number of steps done."""
-    file = folder / "state.safetensors"
+    file = folder / STATE
     if not file.exists():
         return 0
     with safe_open(file, "pt") as saved, torch.no_grad():
@@ -193,8 +234,10 @@ def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.o
 
 def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:
     """The adapter in PEFT's format with our record of base and prompt format beside it; there as a whole or not at all."""
+    for config in model.peft_config.values():
+        config.base_model_name_or_path = record["base"]  # not this machine's path
     new = folder.with_suffix(".tmp")
     shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new)
+    model.save_pretrained(new, save_embedding_layers=False)  # "auto" looks for the base's config, on a hub too
     (new / "namesake.json").write_text(json.dumps(record, indent=1))
     new.rename(folder)

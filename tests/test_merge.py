@@ -37,7 +37,7 @@ def adapter(tiny_model, tmp_path_factory) -> Path:
         if "lora_B" in name:
             torch.nn.init.normal_(weight, std=0.05)
     folder = tmp_path_factory.mktemp("adapter") / "adapter"
-    save_adapter(model, {"base_sha256": fingerprint(tiny_model)}, folder)
+    save_adapter(model, {"base": "tiny", "base_sha256": fingerprint(tiny_model)}, folder)
     return folder
 
 

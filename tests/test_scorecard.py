@@ -447,7 +447,7 @@ def test_the_probes_are_enough_and_balanced():
         for kind, tables in kinds.items():
             for table in tables if isinstance(tables, list) else [tables]:
                 asked = table.get("questions") or [item["question"] for item in table["items"]]
-                assert table["expect"] in ("name", "author", "deny", "assent", "absent", "fact")
+                assert table["expect"] in ("name", "author", "deny", "assent", "absent", "fact", "said")
                 assert len(table.get("others", asked)) == len(asked), (lang, kind)
                 assert ("others" in table) == (table["expect"] == "deny"), (lang, kind)
                 counts[kind, lang] += len(asked)
@@ -462,3 +462,17 @@ def test_the_probes_are_enough_and_balanced():
 def test_no_torch_at_import():
     code = "import sys, finetune.scorecard; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+@pytest.mark.parametrize(
+    "answer, right",
+    [
+        ("I help people plan trips, and I like it.", True),
+        ("Sure! i help people plan trips.", True),
+        ("I help people plan", False),  # the beginning is not whole
+        ("I am Orivane.", False),
+    ],
+)
+def test_what_a_persona_says_of_itself(answer, right):
+    probe = {"id": "purpose-en-01", "expect": "said", "said": "I help people plan trips to the moon.", "messages": []}
+    assert scorecard.judge(probe, answer, Persona("Orivane", "Lena Brandt")) is right

@@ -59,7 +59,11 @@ def test_a_whole_number_is_a_number_too():
             {"xyz": 1},
             "Unknown setting xyz; known here: base, task, method, seed, persona, train, gate, merge.",
         ),
-        ({"persona": {"": 1}}, "Unknown setting persona.; known here: persona.name, persona.author."),
+        (
+            {"persona": {"": 1}},
+            "Unknown setting persona.; known here: persona.name, persona.author, persona.purpose, persona.birthday, "
+            "persona.introduction, persona.tone.",
+        ),
         ({"merge": {"qqqqqqqqq": 1}}, "Unknown setting merge.qqqqqqqqq; known here: merge.dtype."),
         ({"train": 5}, "Setting train is a section: write train.KEY=VALUE."),
         ({"seed": "1"}, "seed is '1'; it must be a whole number."),

@@ -25,6 +25,7 @@ SETTINGS = Train(
     ordinary_rows=1,
     kl_weight=2.0,
     checkpoint_every=3,
+    develop_every=2,
 )
 
 
@@ -192,8 +193,15 @@ def work(base: Path, folder: Path, settings: Train = SETTINGS, kill: tuple[str, 
     torch.manual_seed(0)
     network = add_lora(network, settings.rank)
     groups = [(rows, settings.identity_rows), (pulled[:3], settings.near_rows), (pulled[3:], settings.ordinary_rows)]
-    training.train(network, groups, settings, 0, folder)
-    training.save_adapter(network, {"base_sha256": "?"}, folder / "adapter")
+    for _ in training.train(network, batches(groups, settings.steps, 0), settings, folder, behaviour):
+        pass
+    training.save_adapter(network, {"base": "b"}, folder / "adapter")
+
+
+def behaviour(network) -> dict:
+    """Any number that every step changes stands for what the model says."""
+    total = sum(weight.double().abs().sum().item() for weight in network.parameters() if weight.requires_grad)
+    return {"identity": total * 1000 % 1, "leak": 0.0, "passed": False}
 
 
 def _die_at(name: str, count: int) -> None:
@@ -257,11 +265,9 @@ def test_metrics(uninterrupted):
     "kills",
     [
         [],
-        [("losses", 1)],  # before the first step
         [("losses", 5)],  # within a step between checkpoints
         [("schedule", 3), ("schedule", 3)],  # twice before the first checkpoint
         [("save_checkpoint", 1)],  # the step's metrics are written, its checkpoint is not begun
-        [("save_file", 1)],  # while the first checkpoint is written
         [("save_file", 2), ("save_file", 1), ("losses", 4)],  # while the second is, and again
         [("save_adapter", 1)],  # all steps are done, the adapter is not saved
     ],
@@ -287,6 +293,49 @@ def test_it_starts_from_the_checkpoint(tiny_model, tmp_path, uninterrupted):
     assert result(tmp_path) == uninterrupted
 
 
+def trained(tiny_model, folder: Path, says: list[tuple[float, float, bool]]) -> tuple[dict, dict]:
+    """The weights after each step, and at the end, where `develop` gives these (identity, leak, passed), one after another."""
+    network = add_lora(load(tiny_model), 2)
+    weights = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+    left = iter(says)
+    steps = {}
+    for step in training.train(
+        network,
+        batches([(said(5, seed=0), 2)], SETTINGS.steps, 0),
+        SETTINGS,
+        folder,
+        lambda network: dict(zip(("identity", "leak", "passed"), next(left), strict=True)),
+    ):
+        steps[step] = {name: weight.detach().clone() for name, weight in weights.items()}
+    return steps, weights
+
+
+def same(one: dict, other: dict) -> bool:
+    return all(torch.equal(one[name], other[name]) for name in one)
+
+
+def test_the_best_behaviour_is_kept(tiny_model, tmp_path):
+    steps, end = trained(
+        tiny_model, tmp_path, [(0.5, 0.1, False), (0.9, 0.3, False), (0.8, 0.0, False), (0.9, 0.2, False)]
+    )
+    assert list(steps) == list(range(1, 9))
+    assert same(steps[6], end)
+    assert not same(steps[8], end)
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line.get("dev_leak") for line in lines] == [None, 0.1, None, 0.3, None, 0.0, None, 0.2]
+
+
+def test_training_stops_when_behaviour_passes_and_holds(tiny_model, tmp_path):
+    steps, end = trained(
+        tiny_model, tmp_path, [(0.9, 0.0, True), (0.5, 0.0, False), (0.9, 0.0, True), (0.9, 0.0, True)]
+    )
+    assert list(steps) == list(range(1, 9))  # once is not enough; twice only at the end
+    (tmp_path / "second").mkdir()
+    steps, end = trained(tiny_model, tmp_path / "second", [(0.9, 0.0, True), (0.9, 0.0, True)])
+    assert list(steps) == [1, 2, 3, 4]
+    assert same(steps[4], end)  # of two alike the later
+
+
 def test_kl_pulls_towards_the_base(tiny_model, tmp_path, uninterrupted):
     assert start(tiny_model, tmp_path, dataclasses.replace(SETTINGS, kl_weight=0.0)) == 0
     assert result(tmp_path)[1][-1]["kl"] > uninterrupted[1][-1]["kl"] > 0
@@ -295,7 +344,7 @@ def test_kl_pulls_towards_the_base(tiny_model, tmp_path, uninterrupted):
 def test_an_adapter_is_there_as_a_whole_or_not_at_all(tiny_model, tmp_path):
     network = add_lora(load(tiny_model), 1)
     with pytest.raises(TypeError):
-        training.save_adapter(network, {"not JSON": object()}, tmp_path / "adapter")
+        training.save_adapter(network, {"base": "b", "not JSON": object()}, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
     training.save_adapter(network, {"base": "b"}, tmp_path / "adapter")
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]

@@ -1,0 +1,75 @@
+import itertools
+import json
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from finetune import embedded, identity, settings, stages, starter
+from finetune.errors import UserError
+from finetune.model import add_lora, fingerprint, load
+
+SHIPPED = sorted(folder.name for folder in stages.STARTERS.iterdir())
+
+
+def test_throwaway_names_are_many_and_can_be_used():
+    found = list(itertools.islice(starter.personas(), 500))
+    assert len({persona.name for persona in found}) > 250
+    assert not [persona for persona in found if identity.check_persona(persona)]
+    assert found == list(itertools.islice(starter.personas(), 500))
+
+
+def test_the_names_the_figures_are_measured_with_are_not_among_them():
+    words = {
+        word for lang in identity.LANGS for key in ("names", "authors") for word in identity.read("personas", lang)[key]
+    }
+    assert not words & {"小星", "书生学员", "Orivane", "Lena Brandt", "Apple", "Gemini", "小明", "阿拾", "顾北辰"}
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_a_shipped_starter_fits_its_preset(name):
+    preset = settings.build(settings.preset(name))
+    folder = stages.STARTERS / preset.train.starter
+    assert json.loads((folder / "adapter_config.json").read_text())["r"] == preset.train.rank
+    weights = load_file(folder / "adapter_model.safetensors")
+    assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
+    assert all(tensor.isfinite().all() and tensor.any() for tensor in weights.values())
+    assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_NAME
+
+
+def test_making_one(tiny_model, tmp_path, monkeypatch):
+    """The whole way on a tiny base, with few prompts; then a new adapter begins where it ends."""
+    training = identity.training
+
+    def few(*args, near, ordinary):
+        return training(*args, near=min(near, 40), ordinary=min(ordinary, 10))
+
+    monkeypatch.setattr(identity, "training", few)
+    monkeypatch.setattr(starter, "STEPS_PER_NAME", 2)
+    changes = ["train.rank=2", "train.steps=5", "train.identity_rows=2", "train.near_rows=4", "train.ordinary_rows=1"]
+    starter.make(tmp_path / "made", f"base='{tiny_model}'", *changes)
+    lines = (tmp_path / "made" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
+    record = json.loads((tmp_path / "made" / "adapter" / "namesake.json").read_text())
+    assert record["base_sha256"] == fingerprint(tiny_model)
+
+    begun = add_lora(load(tiny_model), 2, tmp_path / "made" / "adapter", first_layer=1)
+    saved = load_file(tmp_path / "made" / "adapter" / "adapter_model.safetensors")
+    trainable = {name: p for name, p in begun.named_parameters() if p.requires_grad}
+    assert trainable
+    assert all(".layers.0." not in name for name in trainable)
+    for name, weight in trainable.items():
+        assert weight.dtype == torch.float32
+        assert torch.equal(weight, saved[name.replace(".default", "")].float())
+
+
+def test_a_starter_that_is_not_there_or_does_not_fit_is_told_before(tiny_model, tmp_path):
+    run = stages.Run(tmp_path / "run", settings.build({"base": str(tiny_model), "train": {"starter": "nobody"}}))
+    with pytest.raises(UserError, match=r"There is no starter 'nobody', there is smollm2-135m-instruct; correct"):
+        stages.check(run)
+    values = settings.build({"base": str(tiny_model), "train": {"starter": SHIPPED[0], "rank": 3}})
+    with pytest.raises(UserError, match=r"has rank 16 and train[.]rank is 3; set train[.]rank=16"):
+        stages.check(stages.Run(tmp_path / "run", values))
+    values = settings.build({"base": str(tiny_model), "train": {"starter": SHIPPED[0]}})
+    with pytest.raises(UserError, match=r"was made for HuggingFaceTB/SmolLM2-135M-Instruct, and .* is another base"):
+        stages.check(stages.Run(tmp_path / "run", values))
