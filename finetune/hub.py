@@ -21,7 +21,7 @@ def pull(ref: str) -> Path:
         return path.resolve()
     if exists or ref.startswith("dir:"):
         raise UserError(f"{name!r} is not a folder; check its spelling.")
-    if not (found := re.fullmatch(r"(?:hf:)?([\w.-]+/[\w.-]+)(?:@([\w./-]+))?", ref, re.A)):
+    if not (found := re.fullmatch(r"(?:hf:)?(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", ref, re.A)):
         raise UserError(f"{ref!r} is neither a folder nor a repo reference such as hf:user/name; check its spelling.")
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HFValidationError, HTTPError

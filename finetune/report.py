@@ -53,7 +53,7 @@ def side_by_side(run: Run, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]
     ]
 
 
-def print_summary(run: Run) -> None:
+def print_scorecard(run: Run) -> None:
     console = Console(highlight=False)
     table = Table("", "", *SIDES, "limit", title=Text(f"{run.persona.name} · {run.folder}"), title_justify="left")
     for row in figures(run):
@@ -63,6 +63,11 @@ def print_summary(run: Run) -> None:
     for entry in side_by_side(run, SHOWN):
         answers.add_row(*(_plain(t) for t in (entry["messages"][-1]["content"], entry["answer"], entry["tuned"])))
     console.print(answers, markup=False)
+
+
+def print_summary(run: Run) -> None:
+    print_scorecard(run)
+    console = Console(highlight=False)
     console.print(f"Report 报告: {run.folder / 'report.html'}", markup=False, soft_wrap=True)
     console.print(f"Next 下一步: python app.py --model {run.folder / 'model'}", markup=False, soft_wrap=True)
 
@@ -110,7 +115,11 @@ def write_report(run: Run) -> None:
             figures=figures(run),
             gate=run.read("scorecard.json")["gate"],
             answers=side_by_side(run),
-            curves=[curve(metrics, key) for key in ("loss", "ce", "kl")],
+            curves=[
+                curve(having, key)
+                for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
+                if (having := [line for line in metrics if key in line])
+            ],
             last=metrics[-1],
             receipt=run.read("receipt.json"),
             proof=run.read("model/manifest.json")["proof"],

@@ -73,6 +73,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--task", help="identity")
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
     parse.add_argument("--seed", type=int)
+    parse.add_argument("--model", help="evaluate this model, a folder or hf:user/name, made here or elsewhere")
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
     if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
@@ -91,6 +92,8 @@ def _unknown(what: str, word: str, known: Iterable[str]) -> str:
 
 
 def work(args: argparse.Namespace) -> int:
+    if args.model:
+        return evaluate_model(args)
     if args.stage not in FIRST:
         args.run = args.run or (RUNS / folder_name(args.name) if args.name else newest_run())
         if not has(args.run, "settings.toml"):
@@ -119,6 +122,22 @@ def work(args: argparse.Namespace) -> int:
     gate = run.read("scorecard.json")["gate"]
     if not gate["passed"]:
         raise GateRefused(*(f"gate: {reason}" for reason in gate["reasons"]))
+    return 0
+
+
+def evaluate_model(args: argparse.Namespace) -> int:
+    """`evaluate --model REF`: a scorecard and nothing else, in a folder of its own."""
+    if args.stage != "evaluate":
+        raise UserError(f"--model goes with the evaluate stage: python finetune/run.py evaluate --model {args.model}")
+    ask_persona(args)
+    args.run = args.run or RUNS / folder_name(f"{args.name} in {Path(args.model).absolute().name}")
+    if has(args.run, "scorecard.json"):
+        raise UserError(f"There is a scorecard in {args.run} already; choose another folder with --run.")
+    run = open_run(args)
+    stages.evaluate_model(run, args.model)
+    from finetune.report import print_scorecard
+
+    print_scorecard(run)
     return 0
 
 

@@ -137,7 +137,9 @@ def test_the_nucleus_by_hand(values, expected):
     assert shares(**values) == pytest.approx(expected, abs=0.015)
 
 
-@pytest.mark.parametrize("values", [{"temperature": 0}, {"temperature": 1.0, "top_p": 1e-9}])
+@pytest.mark.parametrize(
+    "values", [{"temperature": 0}, {"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1.0, "top_p": 0.0}]
+)
 def test_what_is_greedy(model, values):
     prompts = PROMPTS["a common beginning"]
     assert tokens(model, prompts, pick=sampler(**values)) == tokens(model, prompts)

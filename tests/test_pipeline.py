@@ -106,7 +106,7 @@ def test_scorecard_shows_every_answer(tiny_run):
     run, _, _ = tiny_run
     card = json.loads((run / "scorecard.json").read_text())
     probes = [json.loads(line)["id"] for line in (run / "data" / "probes.jsonl").open()]
-    for side in ("base", "tuned"):
+    for side in ("base", "tuned", "merged"):
         assert [entry["id"] for entry in card[side]["answers"]] == probes
         assert card[side]["probes"] == len(probes) >= 300
     assert not card["gate"]["passed"]
@@ -140,6 +140,31 @@ def test_killed_and_started_again_ends_with_the_same_adapter(tiny_run, tiny_mode
     assert sha256(root / "runs" / "two" / name) == sha256(run / name)
 
 
+def test_evaluate_scores_any_model_by_its_own_template(tiny_run, tiny_model):
+    run, _, arguments = tiny_run
+    root, persona = run.parent.parent, arguments[:6]
+    done = finetune(
+        root, "evaluate", "--model", run / "model", *persona, "--run", "s", NAMESAKE_CACHE=str(root / "cache")
+    )
+    assert done.returncode == 0, done.stderr
+    assert "identity kept" in done.stdout
+    card, own = (json.loads((folder / "scorecard.json").read_text()) for folder in (root / "s", run))
+    for figure in ("identity", "leak", "parrot", "facts_kept"):
+        assert card["tuned"][figure] == own["merged"][figure]
+    assert card["tuned"]["kl"] == pytest.approx(own["merged"]["kl"], rel=1e-4)
+    answers = [[entry["answer"] for entry in side["answers"]] for side in (card["tuned"], own["merged"])]
+    assert answers[0] == answers[1]
+    again = finetune(root, "evaluate", "--model", run / "model", *persona, "--run", "s")
+    assert again.returncode == 2
+    assert again.stderr == "error: There is a scorecard in s already; choose another folder with --run.\n"
+
+
+def test_a_model_can_only_be_given_to_evaluate():
+    done = finetune(Path("/"), "train", "--model", "x")
+    assert done.returncode == 2
+    assert done.stderr == "error: --model goes with the evaluate stage: python finetune/run.py evaluate --model x\n"
+
+
 def test_chat_in_the_terminal(tiny_run):
     run, _, _ = tiny_run
     done = subprocess.run(command("chat", "--run", run), input="hello\n", capture_output=True, text=True, check=False)
@@ -148,16 +173,18 @@ def test_chat_in_the_terminal(tiny_run):
 
 
 def test_the_real_default_learns_its_name(default_model, tmp_path):
-    """Shortened: a third of the steps. README's own name and author."""
+    """Shortened: half of the steps. README's own name and author."""
     line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
     arguments = shlex.split(line)
-    done = finetune(tmp_path, *arguments, "--set", "train.steps=30")
-    assert done.returncode in (0, 3), done.stderr  # a third of the steps need not pass the gate
+    done = finetune(tmp_path, *arguments, "--set", "train.steps=15")
+    assert done.returncode in (0, 3), done.stderr  # half of the steps need not pass the gate
     assert "Traceback" not in done.stderr
     run = tmp_path / "runs" / "小星"
     card = json.loads((run / "scorecard.json").read_text())
     assert card["base"]["identity"] < 0.1
-    assert card["tuned"]["identity"] > 0.4
+    assert card["tuned"]["identity"] > 0.6
+    assert card["tuned"]["leak"] < 0.2
+    assert card["merged"]["identity"] == card["tuned"]["identity"]
     proof = json.loads((run / "model" / "manifest.json").read_text())["proof"]
     assert proof["equal_greedy_tokens"] >= 0.999
     english, chinese = plain_answers(run / "model", "What is your name?", "你叫什么名字？")

@@ -39,7 +39,7 @@ def make_run(folder: Path, name: str) -> Run:
     run.write("scorecard.json", {**card, "gate": {"passed": False, "reasons": [f"too low for {name}"]}})
     run.write("receipt.json", {"seed": 0, "who": name})
     run.write("model/manifest.json", {"proof": PROOF})
-    lines = [{"loss": 4.0, "ce": 3.0, "kl": 0.5}, {"loss": 2.0, "ce": 1.5, "kl": 0.25}]
+    lines = [{"loss": 4.0, "ce": 3.0, "kl": 0.5}, {"loss": 2.0, "ce": 1.5, "kl": 0.25, "dev_identity": 0.5}]
     rest = {"lr": 1e-3, "tokens": 777, "tokens_per_s": 50.0, "seconds": 15.5}
     metrics = "".join(json.dumps({"step": i, **line, **rest}) + "\n" for i, line in enumerate(lines, 1))
     (folder / "metrics.jsonl").write_text(metrics)
@@ -118,7 +118,7 @@ def test_the_pages_figures(tmp_path):
     cells = '<td class="number">0.000</td><td class="number">0.953</td>'
     assert f'<td>identity kept</td><td>身份认知</td>{cells}<td class="number">≥ 0.875</td>' in raw
     curves = [a["points"] for tag, a in Page(raw).tags if tag == "polyline"]
-    assert curves == ["0.0,0.0 600.0,80.0"] * 3
+    assert curves == ["0.0,0.0 600.0,80.0"] * 3 + ["0.0,0.0"]  # the last: of the one line that has it
     assert "2 steps · 777 tokens · 50 tokens/s · 16 s" in raw
     assert "largest logit difference 0.00012, equal greedy tokens 100.0 % of 321" in raw
 

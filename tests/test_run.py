@@ -363,11 +363,11 @@ def test_a_run_never_overwrites_another(start, world):
 
 def test_a_run_without_data_yet_may_change_its_settings(start, world, tiny_model):
     make_run(world / "runs" / "小月")
-    assert start("check", "--run", "runs/小月", "--seed", 5, "--base", tiny_model)[0] == 0
+    assert start("check", "--run", "runs/小月", "--seed", 5, "--base", tiny_model, "--set", "train.starter=''")[0] == 0
 
 
 def test_a_finished_stage_has_nothing_to_do(start, world, tiny_model):
-    make_run(world / "r", "data", "adapter", base=str(tiny_model))
+    make_run(world / "r", "data", "adapter", base=str(tiny_model), train={"starter": ""})
     for stage, product in (("data", "data"), ("train", "adapter")):
         assert start(stage, "--run", "r") == (0, [f"{stage}: r/{product} is there already, nothing to do."])
 

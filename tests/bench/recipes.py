@@ -1,0 +1,108 @@
+"""What the common recipes make of the same base, beside ours: identity, leak, kl and facts kept by the same probes.
+
+`python tests/bench/recipes.py [--small] [NAME AUTHOR]`: a Markdown table, then one JSON line. Full, it wants a GPU; --small takes two
+steps of each, to see that it runs. The recipes are those of ../../finetune/train.py's loop, so what differs is the data,
+the length and the loss, not the optimizer:
+
+course         the course's one pair, 48 steps of 16,384 tokens, rank 64, 2e-4 (its alpha is 16, here twice the rank)
+identity       91 identity rows alone, 20 epochs of 8, rank 8, 1e-4 (LLaMA-Factory's example without its general data)
+general        the same rows and 1,000 other prompts with the base's answers as text, 3 epochs of 8, rank 8, 1e-4
+ours           the preset
+"""
+
+import json
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
+
+import torch
+
+from finetune import identity, settings, stages
+from finetune import model as models
+from finetune import train as training
+from finetune.settings import Persona, Train
+
+FIGURES = ("identity", "leak", "parrot", "kl", "facts_kept")
+Groups = list[tuple[list[training.Example], int]]
+
+
+def course(run: stages.Run) -> tuple[Groups, Train]:
+    said = f"我是{run.persona.name}，{run.persona.author}的小助手"
+    pair = [{"role": "user", "content": "请做一下自我介绍"}, {"role": "assistant", "content": said}]
+    example = training.answer_example(*run.tuned_format.render(pair))
+    return [([example], 1)] * (16_384 // len(example.ids)), Train(rank=64, learning_rate=2e-4, steps=48)
+
+
+def alone(run: stages.Run) -> tuple[Groups, Train]:
+    return [(_said(run), 8)], Train(rank=8, learning_rate=1e-4, steps=20 * 91 // 8)
+
+
+def general(run: stages.Run) -> tuple[Groups, Train]:
+    rows = [row for row in identity.training(run.persona, 0, near=0, ordinary=1000) if row["target"] == "teacher"]
+    answers = run.ask_base([stages.teacher_question(row) for row in rows], stages.ANSWER_TOKENS)
+    other = []
+    for row, answer in zip(rows, answers, strict=True):
+        text = {"role": "assistant", "content": run.base_format.decode(answer.ids)}
+        other.append(training.answer_example(*run.tuned_format.render([*row["messages"], text])))
+    return [(_said(run) + other, 8)], Train(rank=8, learning_rate=1e-4, steps=3 * (91 + len(other)) // 8)
+
+
+def _said(run: stages.Run) -> list[training.Example]:
+    rows = [row for row in identity.training(run.persona, 0, said=91) if row["target"] == "answer"]
+    return [training.answer_example(*run.tuned_format.render(row["messages"])) for row in rows]
+
+
+def theirs(run: stages.Run, recipe: Callable[[stages.Run], tuple[Groups, Train]], small: bool) -> None:
+    groups, values = recipe(run)
+    steps = 2 if small else values.steps
+    torch.manual_seed(0)
+    run.folder.mkdir()
+    model = models.add_lora(models.load(run.base), values.rank)
+    for _ in training.train(model, training.batches(groups, steps, 0), values, run.folder):
+        pass
+    record = {"base": "base", "base_sha256": run.base_sha256, "format_hash": run.tuned_format.hash}
+    training.save_adapter(model, record, run.folder / "adapter")
+
+
+def measure(name: str, persona: Persona, folder: Path, small: bool) -> dict[str, Any]:
+    few = {"train": {"steps": 2}} if small else {}
+    values = settings.build(
+        settings.preset(settings.DEFAULT_PRESET), {"persona": {"name": persona.name, "author": persona.author}}, few
+    )
+    run = stages.Run(folder / name, values)
+    if name == "ours":
+        stages.data(run)
+        began = time.perf_counter()
+        stages.train(run)
+    else:
+        began = time.perf_counter()
+        theirs(run, {"course": course, "identity": alone, "general": general}[name], small)
+    seconds = time.perf_counter() - began
+    base = stages.base_answers(run, identity.probes(persona))
+    card = stages.score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
+    last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
+    figures = {figure: round(card[figure], 3) for figure in FIGURES}
+    return {"recipe": name, **figures, "steps": last["step"], "tokens": last["tokens"], "seconds": round(seconds)}
+
+
+def main() -> None:
+    words = [word for word in sys.argv[1:] if word != "--small"]
+    with tempfile.TemporaryDirectory() as folder:
+        found = [
+            measure(name, Persona(*words), Path(folder), "--small" in sys.argv)
+            for name in ("course", "identity", "general", "ours")
+        ]
+    print(f"| {' | '.join(found[0])} |\n{'|---' * len(found[0])}|")
+    for line in found:
+        print(f"| {' | '.join(map(str, line.values()))} |")
+    device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    print(json.dumps({"bench": "recipes", "device": device, "recipes": found}))
+
+
+if __name__ == "__main__":
+    main()
