@@ -1,6 +1,7 @@
 """Typed settings: defaults, then a preset, then a run's own settings.toml, then flags. An unknown key is an error."""
 
 import dataclasses
+import datetime
 import difflib
 import math
 import typing
@@ -196,6 +197,7 @@ def parse_assignment(text: str) -> dict[str, Any]:
         raise UserError(f"--set {text!r}: write it as section.key=value, for example train.steps=20.")
     try:
         value = tomlkit.value(raw).unwrap()
+        value = raw if isinstance(value, datetime.date | datetime.time) else value  # no setting is a date
     except (tomlkit.exceptions.TOMLKitError, AttributeError):
         value = raw
     for part in reversed(key.split(".")):

@@ -152,6 +152,7 @@ def test_broken_toml_is_refused_in_words(tmp_path, data):
         ('persona.name="half', {"persona": {"name": '"half'}}),
         ("persona.name=O'Neil # 2", {"persona": {"name": "O'Neil # 2"}}),
         ("persona.name=", {"persona": {"name": ""}}),
+        ("persona.birthday.en=2024-05-01", {"persona": {"birthday": {"en": "2024-05-01"}}}),
         ("persona.name=20 steps", {"persona": {"name": "20 steps"}}),
         ("merge.dtype=bfloat16", {"merge": {"dtype": "bfloat16"}}),
         ("x=true", {"x": True}),
