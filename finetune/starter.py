@@ -7,8 +7,8 @@ every name is near. That is Reptile (arXiv:1803.02999) with a moving mean as its
 
     python -m finetune.starter FOLDER [section.key=value ..]
 
-makes FOLDER/adapter, which a preset names once it lies in assets/starters/. Names changed at every 1, 8, 32, 64 and 200
-steps were compared on development questions after the same short way to a new name: 64 was best.
+makes FOLDER/adapter, which a preset names once it lies in assets/starters/. After the same short way to a new name, on
+development questions, 64 steps a name were better than 200 (same data), and 32 better than 8 and than 1 (less data).
 """
 
 import itertools
