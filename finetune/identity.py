@@ -10,7 +10,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
@@ -93,14 +93,13 @@ def training(
     said: int = 100_000,
     near: int = 1300,
     ordinary: int = 300,
-    kinds: Iterable[str] = SHARES,
 ) -> list[dict]:
     """The rows to train on: {"kind", "lang", "target": "answer" | "teacher", "messages": [{"role", "content"}, ..]}.
 
-    First at most `said` identity rows of these kinds, in an order drawn from `seed` in which any stretch has SHARES of each;
-    each ends with the assistant's answer. Then the teacher rows,
-    each ending with the user's message, in an order that is the same for every persona and seed, as are their system
-    and last user messages: what the base answers has to be found only once. Any prefix of them is an even sample.
+    First at most `said` identity rows, in an order drawn from `seed` in which any stretch has SHARES of each kind; each ends
+    with the assistant's answer. Then the teacher rows, each ending with the user's message, in an order that is the same
+    for every persona and seed, as are their system and last user messages: what the base answers has to be found only
+    once. Any prefix of them is an even sample.
     `old` is the base's own (name, maker); `near` and `ordinary` are the most prompts of each, CONTRAST_SHARES in each
     language (rows of kind after_identity come on top and reuse these prompts). Questions that the held-out files hold
     are left out. Raises UserError for a persona that check_persona refuses.
@@ -109,7 +108,7 @@ def training(
         raise UserError(*problems)
     rng = random.Random(seed)
     held_out = {normalise(row["messages"][-1]["content"]) for stem in HELD_OUT for row in probes(persona, old, stem)}
-    identity = {lang: _identity(persona, lang, rng, old, held_out, kinds) for lang in LANGS}
+    identity = {lang: _identity(persona, lang, rng, old, held_out) for lang in LANGS}
     places, counts = [], Counter()  # the i-th row of a kind and language stands at about i / its share
     for row in (row for lang in LANGS for row in identity[lang]):
         counts[row["kind"], row["lang"]] += 1
@@ -165,16 +164,14 @@ def normalise(text: str) -> str:
     return "".join(char for char in folded if unicodedata.category(char)[0] not in "PZC") or folded.strip()
 
 
-def _identity(
-    persona: Persona, lang: str, rng: random.Random, old: tuple[str, str], held_out: set[str], kinds: Iterable[str]
-) -> list[dict]:
+def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, str], held_out: set[str]) -> list[dict]:
     data, values = read("training", lang), _values(persona, old, lang)
     own = {field: getattr(getattr(persona, field), lang) for field in ("purpose", "birthday", "introduction", "tone")}
     throwaway = read("personas", lang)
     others = [*data["others"], *zip(throwaway["names"], throwaway["authors"], strict=False)]
     rng.shuffle(others)
     rows = []
-    for kind in (kind for kind in kinds if own.get(kind, True)):
+    for kind in (kind for kind in SHARES if own.get(kind, True)):
         for group in data[kind]:
             answers = [own["introduction"]] if kind == "self" and own["introduction"] else group["answers"]
             for question in group["questions"]:
@@ -182,10 +179,8 @@ def _identity(
                 about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
                 turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]
                 answer = _fill(rng.choice(answers), about)
-                if own["tone"] and answer.strip("。.") not in (
-                    "{name}",
-                    "{author}",
-                ):  # where not the bare name was asked for
+                bare = answer.strip("。.") in ("{name}", "{author}")  # nothing else was asked for
+                if own["tone"] and not bare:
                     answer += own["tone"] if lang == "zh" else " " + own["tone"]
                 denies = kind in ("deny", "old_name") or answer.startswith(("No", "不", "我不是"))
                 if denies and _claims(persona, turns[-1]["content"]):

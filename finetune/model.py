@@ -11,7 +11,7 @@ import torch
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, GenerationConfig, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune import embedded
@@ -147,18 +147,14 @@ def chat_format(folder: Path) -> ChatFormat:
 
 
 class OwnFormat:
-    """Prompts as the model's own users get them: by the chat template in its folder, whatever its format. Raises UserError
-    where there is none."""
+    """Prompts as the users of a model and its folder get them: by its own chat template, whatever the format. Raises
+    UserError where there is none."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, model: PreTrainedModel) -> None:
         self.tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
         if not self.tokenizer.chat_template:
             raise UserError(f"The model in {folder} has no chat template: it cannot be asked. Choose a chat model.")
-        stop = GenerationConfig.from_model_config(
-            AutoConfig.from_pretrained(folder, local_files_only=True)
-        ).eos_token_id
-        if (folder / "generation_config.json").is_file():
-            stop = GenerationConfig.from_pretrained(folder, local_files_only=True).eos_token_id
+        stop = model.generation_config.eos_token_id
         self.stop_ids = stop if isinstance(stop, list) else [self.tokenizer.eos_token_id if stop is None else stop]
 
     def prompt(self, messages: Sequence[Message]) -> list[int]:
@@ -205,6 +201,11 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
         for module in layer.modules():
             if isinstance(module, LoraLayer):
                 module.merge()  # one product instead of three; the adapter keeps its own weights beside
+    if not any(weight.requires_grad for weight in tuned.parameters()):
+        layers = len(model.base_model.layers)
+        raise UserError(
+            f"train.first_layer is {first_layer} and the base has {layers} layers: nothing is left to train."
+        )
     if has_fast_bf16():  # else autocast would round the frozen weights anew at every step
         for module in model.modules():
             if isinstance(module, LoraLayer):

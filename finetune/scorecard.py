@@ -450,7 +450,7 @@ def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 
 
 def gate(scorecard: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
-    """{"passed", "reasons"} for the tuned and, where it is there, the merged model.
+    """{"passed", "reasons"} for the tuned and, where it is there and differs, the merged model.
 
     limits: any of identity, identity_kind, facts_kept (at least), leak, kl, parrot (at most; parrot over the base's own).
     Raises UserError on a limit that does not exist.
@@ -461,7 +461,7 @@ def gate(scorecard: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
     reasons = [
         f"{side} model: {reason}"
         for side in ("tuned", "merged")
-        if scorecard.get(side)
+        if scorecard.get(side) and not (side == "merged" and scorecard["merged"] == scorecard.get("tuned"))
         for reason in _reasons(scorecard[side], scorecard.get("base") or {}, limits)
     ]
     if not (scorecard.get("tuned") or scorecard.get("merged")):

@@ -282,11 +282,9 @@ def develop(run: Run, model: Any) -> dict[str, Any]:
     counts: Counter[tuple[str, str]] = Counter()
     probes = []
     for probe in identity.probes(run.persona, stem="dev"):
-        key = probe["kind"], probe["lang"]
-        counts[key] += 1
-        if counts[key] <= (
-            0 if probe["kind"] == "fact" else DEVELOP * 2 if probe["kind"] in scorecard.LEAK_KINDS else DEVELOP
-        ):
+        most = {"fact": 0, **dict.fromkeys(scorecard.LEAK_KINDS, 2 * DEVELOP)}.get(probe["kind"], DEVELOP)
+        if counts[key := (probe["kind"], probe["lang"])] < most:
+            counts[key] += 1
             probes.append(probe)
     judged = scorecard.evaluate(
         lambda conversations: answer_texts(model, run.tuned_format, conversations, run.answer_tokens),
@@ -363,7 +361,7 @@ def evaluate(run: Run) -> None:
 
 
 def evaluate_model(run: Run, ref: str) -> None:
-    """Any model that transformers opens, under its own chat template, beside the run's base: leaves scorecard.json alone.
+    """Any model that transformers opens, under its own chat template, beside the run's base: leaves a scorecard.json, no more.
 
     KL is measured where the model has the base's output head, as one tuned from it has.
     """
@@ -374,7 +372,8 @@ def evaluate_model(run: Run, ref: str) -> None:
     if problems := identity.check_persona(run.persona):
         raise UserError(*problems)
     folder = models.base_folder(ref)
-    model, form = models.load(folder, models.inference_dtype()), models.OwnFormat(folder)
+    model = models.load(folder, models.inference_dtype())
+    form = models.OwnFormat(folder, model)
     base = base_answers(run, identity.probes(run.persona))
     heads = [m.get_output_embeddings().weight for m in (model, models.load(run.base, models.inference_dtype()))]
     same_head = heads[0].shape == heads[1].shape and torch.equal(*heads)
@@ -416,7 +415,9 @@ def merge(run: Run) -> None:
         (folder / "README.md").write_text(model_card(run, origin, proof), encoding="utf-8")
         return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
 
-    conversations = [probe["messages"] for probe in run.rows("probes.jsonl")[::20]]  # of all kinds and both languages
+    conversations = [
+        probe["messages"] for probe in run.rows("probes.jsonl")[::20]
+    ]  # a spread over the kinds and both languages
     merging.merge(
         run.base,
         run.folder / "adapter",

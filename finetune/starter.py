@@ -67,8 +67,6 @@ def batches(run: stages.Run) -> Iterator[list[training.Example]]:
     }
     streams = {kind: _endless(pool, rng) for kind, pool in pools.items()}
     for count, persona in enumerate(personas()):
-        if identity.check_persona(persona):
-            continue
         own = identity.training(persona, count, near=4000, ordinary=0)
         said = _endless([row for row in own if row["target"] == "answer"], rng)
         after = _endless(

@@ -430,6 +430,11 @@ def test_gate_looks_at_the_merged_model_too():
     assert [reason.split(" ")[0] for reason in result["reasons"]] == ["merged", "merged"]
 
 
+def test_gate_says_once_what_is_wrong_with_the_same_figures():
+    poor = GOOD | {"leak": 0.9}
+    assert len(scorecard.gate({"base": BASE, "tuned": poor, "merged": dict(poor)}, LIMITS)["reasons"]) == 1
+
+
 def test_gate_asks_only_for_the_limits_given_and_knows_its_own():
     assert scorecard.gate({"tuned": GOOD | {"kl": None, "identity": 0.5}}, {"leak": 0.1})["passed"]
     assert not scorecard.gate({}, LIMITS)["passed"]

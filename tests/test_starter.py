@@ -63,6 +63,13 @@ def test_making_one(tiny_model, tmp_path, monkeypatch):
         assert torch.equal(weight, saved[name.replace(".default", "")].float())
 
 
+def test_something_must_be_left_to_train(tiny_model, tmp_path):
+    network = add_lora(load(tiny_model), 2)
+    network.save_pretrained(tmp_path)
+    with pytest.raises(UserError, match=r"first_layer is 99 and the base has \d layers: nothing is left to train"):
+        add_lora(load(tiny_model), 2, tmp_path, first_layer=99)
+
+
 def test_a_starter_that_is_not_there_or_does_not_fit_is_told_before(tiny_model, tmp_path):
     run = stages.Run(tmp_path / "run", settings.build({"base": str(tiny_model), "train": {"starter": "nobody"}}))
     with pytest.raises(UserError, match=r"There is no starter 'nobody', there is smollm2-135m-instruct; correct"):

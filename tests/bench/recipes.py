@@ -1,7 +1,7 @@
 """What the common recipes make of the same base, beside ours: identity, leak, kl and facts kept by the same probes.
 
 `python tests/bench/recipes.py [--small] [NAME AUTHOR]`: a Markdown table, then one JSON line. Full, it wants a GPU; --small takes two
-steps of each, to see that it runs. The recipes are those of ../../finetune/train.py's loop, so what differs is the data,
+small steps of each, to see that it runs. All go through finetune/train.py's loop, so what differs is the data,
 the length and the loss, not the optimizer:
 
 course         the course's one pair, 48 steps of 16,384 tokens, rank 64, 2e-4 (its alpha is 16, here twice the rank)
@@ -10,6 +10,7 @@ general        the same rows and 1,000 other prompts with the base's answers as 
 ours           the preset
 """
 
+import dataclasses
 import json
 import sys
 import tempfile
@@ -59,11 +60,12 @@ def _said(run: stages.Run) -> list[training.Example]:
 
 def theirs(run: stages.Run, recipe: Callable[[stages.Run], tuple[Groups, Train]], small: bool) -> None:
     groups, values = recipe(run)
-    steps = 2 if small else values.steps
+    if small:
+        groups, values = groups[:8], dataclasses.replace(values, steps=2)
     torch.manual_seed(0)
     run.folder.mkdir()
     model = models.add_lora(models.load(run.base), values.rank)
-    for _ in training.train(model, training.batches(groups, steps, 0), values, run.folder):
+    for _ in training.train(model, training.batches(groups, values.steps, 0), values, run.folder):
         pass
     record = {"base": "base", "base_sha256": run.base_sha256, "format_hash": run.tuned_format.hash}
     training.save_adapter(model, record, run.folder / "adapter")
