@@ -14,7 +14,6 @@ import dataclasses
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -79,17 +78,20 @@ def measure(name: str, persona: Persona, folder: Path, small: bool) -> dict[str,
     run = stages.Run(folder / name, values)
     if name == "ours":
         stages.data(run)
-        began = time.perf_counter()
         stages.train(run)
     else:
-        began = time.perf_counter()
         theirs(run, {"course": course, "identity": alone, "general": general}[name], small)
-    seconds = time.perf_counter() - began
     base = stages.base_answers(run, identity.probes(persona))
     card = stages.score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
     last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
     figures = {figure: round(card[figure], 3) for figure in FIGURES}
-    return {"recipe": name, **figures, "steps": last["step"], "tokens": last["tokens"], "seconds": round(seconds)}
+    return {
+        "recipe": name,
+        **figures,
+        "steps": last["step"],
+        "tokens": last["tokens"],
+        "seconds": round(last["seconds"]),
+    }
 
 
 def main() -> None:
