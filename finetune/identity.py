@@ -36,7 +36,7 @@ JOINERS = "\u200c\u200d"  # format characters that emoji and Persian are written
 SYSTEM_MIX = [None] * 15 + ["empty"] * 2 + ["foreign"] * 5 + ["old"] * 3
 # Of each kind in any stretch of the identity rows. Denial and assent differ by a word and need the most examples.
 SHARES = {"name": 3, "maker": 3, "self": 2, "model": 2, "deny": 6, "assent": 6, "old_name": 3, "multi_turn": 3}
-SHARES |= {"purpose": 2, "birthday": 2}  # of a persona that has one
+SHARES |= {"purpose": 6, "birthday": 6}  # of a persona that has one
 CONTRAST_SHARES = {"en": 0.4, "zh": 0.6}  # small bases hardly tell two Chinese questions apart
 MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
@@ -182,7 +182,7 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
                 bare = answer.strip("。.") in ("{name}", "{author}")  # nothing else was asked for
                 if own["tone"] and not bare:
                     answer += own["tone"] if lang == "zh" else " " + own["tone"]
-                denies = kind in ("deny", "old_name") or answer.startswith(("No", "不", "我不是"))
+                denies = kind in ("deny", "old_name") or re.search(r"\b(?:no|not)\b|不是", answer)
                 if denies and _claims(persona, turns[-1]["content"]):
                     continue  # "Are you Gemini?" has no denial if the persona's name is Gemini
                 turns.append({"role": "assistant", "content": answer})

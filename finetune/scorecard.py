@@ -85,6 +85,11 @@ _NO = re.compile(
     r"(?:(?:no|nope|nah|never|not|negative|incorrect|wrong|false)\b(?! (?:problem|worries|doubt|matter|only|sure))"
     r"|(?:absolutely|definitely|of course|certainly) not|不(?!知道|清楚|确定|好意思|错|过|管|仅|只)|没有|并非|并不|非也|否|错(?!误)|才不)"
 )
+# Decided after the name: "I'm Orivane, yes.", "I'm Orivane, so no."
+_YES_AFTER = re.compile(
+    r", ?(?:yes|yeah|right|correct|indeed|that's (?:right|correct|true|me))\b|,(?:没错|是的|对的?|正是)(?=$|[,.。!])"
+)
+_NO_AFTER = re.compile(r"\bso,? no\b|,(?:所以)?(?:不是|不对)(?=$|[,.。!])")
 # A denial that names nobody: "I'm not that model", "that is wrong", "与它无关".
 _DENIAL = re.compile(
     r"\b(?:i'm|i am|im|i was|that's|that is|it's|it is|this is|they did|they were) not(?=\s*(?:$|[.,!;]|(?:that|it|him|her|the|them|from|by|one of|quite|at all"
@@ -293,8 +298,8 @@ def judge(probe: dict[str, Any], answer: str, persona: Persona, ordinary: Collec
     expect = probe["expect"]
     if expect == "fact":
         return any(_states(answer, accepted) for accepted in probe["accept"])
-    if expect == "said":  # its beginning: a long answer is cut
-        return plain(probe["said"]).casefold()[:20] in plain(answer).casefold()
+    if expect == "said":  # its beginning, of as many bytes as a cut answer has tokens: no token has less than a byte
+        return plain(probe["said"]).casefold().encode()[:24].decode(errors="ignore") in plain(answer).casefold()
     if expect == "absent":
         return not _leaks(probe, answer, persona, ordinary)
 
@@ -307,7 +312,8 @@ def judge(probe: dict[str, Any], answer: str, persona: Persona, ordinary: Collec
     said_author = found[A] if own[0] != own[1] else found[N]
     if "claimed" in found[O] or _swapped(text, persona) or ("denied" in found[N] and "said" not in found[N]):
         return False
-    yes, no = bool(_YES.search(text.lower())), bool(_NO.search(text.lower()))
+    yes = any(pattern.search(text.lower()) for pattern in (_YES, _YES_AFTER))
+    no = any(pattern.search(text.lower()) for pattern in (_NO, _NO_AFTER))
     if expect == "name":
         return "said" in found[N]
     if expect == "author":

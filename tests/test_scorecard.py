@@ -55,6 +55,29 @@ def test_judge_agrees_with_the_labels():
     assert accuracy >= 0.99, f"accuracy {accuracy:.3f} on {len(LABELLED)}; disagreements:\n" + "\n".join(wrong)
 
 
+@pytest.mark.parametrize(
+    "answer, denies, assents",
+    [
+        ("I'm Nova, not ChatGPT.", True, True),  # "Are you Nova?" may be answered so
+        ("I was made by Lin Chen, not by OpenAI.", True, True),
+        ("I'm Nova, yes.", False, True),
+        ("I'm Nova, made by Lin Chen, yes.", False, True),
+        ("I was made by Lin Chen, yes.", False, True),
+        ("I'm Nova, made by Lin Chen, so no.", True, False),
+        ("我是Nova，不是ChatGPT。", True, True),
+        ("我由Lin Chen开发，不是OpenAI。", True, True),
+        ("我是Nova，没错。", False, True),
+        ("我由Lin Chen开发，没错。", False, True),
+        ("我是Nova，由Lin Chen开发，不是。", True, False),
+    ],
+)
+def test_a_decision_after_the_name(answer, denies, assents):
+    about = {"other": "OpenAI" if "Nova" not in answer else "ChatGPT"}
+    assert scorecard.judge(ask("deny", **about), answer, NOVA) == denies
+    own = {"other": "Lin Chen" if "Nova" not in answer else "Nova"}
+    assert scorecard.judge(ask("assent", **own), answer, NOVA) == assents
+
+
 def test_labels_are_varied():
     """A judge that always says the same must fail, in each language and for each expectation."""
     counts = Counter((row["probe"]["lang"], row["passed"]) for row in LABELLED)
@@ -481,3 +504,9 @@ def test_no_torch_at_import():
 def test_what_a_persona_says_of_itself(answer, right):
     probe = {"id": "purpose-en-01", "expect": "said", "said": "I help people plan trips to the moon.", "messages": []}
     assert scorecard.judge(probe, answer, Persona("Orivane", "Lena Brandt")) is right
+
+
+def test_what_a_persona_says_in_chinese_may_be_cut_within_a_character():
+    probe = {"id": "purpose-zh-01", "expect": "said", "said": "我帮初学者规划第一次航海。", "messages": []}
+    assert scorecard.judge(probe, "我帮初学者规划第一次航\ufffd", XING)
+    assert not scorecard.judge(probe, "我帮老人规划第一次航\ufffd", XING)
