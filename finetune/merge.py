@@ -75,7 +75,11 @@ def merge(
         model = model.merge_and_unload().to(getattr(torch, dtype))
         save(model, form, new)
         del model
-        proof = prove(new, Path(work) / "proof", dtype)
+        try:
+            proof = prove(new, Path(work) / "proof", dtype)
+        except UserError:
+            shutil.rmtree(new)  # nobody shall use it
+            raise
     manifest = {"format_hash": form.hash, "dtype": dtype, "proof": proof, **finish(new, proof)}
     manifest["files"] = {
         file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(new.iterdir())
@@ -116,7 +120,7 @@ def prove(folder: Path, proof: Path, dtype: str) -> dict[str, Any]:
     difference, share = TOLERANCE[dtype]
     if not (found["max_logit_difference"] <= difference and found["equal_greedy_tokens"] >= share):
         raise UserError(
-            f"The merge is refused: in {folder} logits differ from base + adapter by up to "
+            f"The merge is refused: logits differ from base + adapter by up to "
             f"{found['max_logit_difference']:.4g} (tolerance {difference}) and {found['equal_greedy_tokens']:.1%} of the "
             f"greedy tokens are equal (at least {share:.1%}). Merge again with --set merge.dtype=float32, or train anew."
         )

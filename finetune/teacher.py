@@ -24,8 +24,8 @@ def ask(
     stop_ids: Sequence[int],
     max_new_tokens: int,
 ) -> list[Answer]:
-    """`base` names the base's weights and precision. The base's answers to prompts (token ids), at most `max_new_tokens` each; the base is loaded only where some are
-    not in the cache yet."""
+    """The base's answers to prompts (token ids), at most `max_new_tokens` each; `base` names its weights and precision. It is
+    loaded only where some answers are not in the cache yet."""
     file = embedded.cache_dir() / "teacher" / f"{base}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     keys = [embedded.digest_of([list(prompt), max_new_tokens]) for prompt in prompts]
