@@ -103,8 +103,8 @@ _CLAUSE = re.compile(
     r"|\band (?=i\b|i'm\b|my\b)|(?<!if )(?<!whether )(?<!that )(?<!think )(?<!believe )(?<!thought )(?<!say )(?<!^)(?=\bi(?:'?m| am| was| go by)\b|\bmy name\b)"
     r"|(?<=[^你您问为,])(?=我(?:是(?!不是|否)|叫|就是|由|不是|并))"
 )
-_ADDRESS = re.compile(  # "Hello, Orivane!" calls the user by the name
-    rf"\b(?:hello|hi|hey|dear|thank you|thanks|(?:nice|pleased|good) to meet you(?: too)?)\b,? {N}(?=\s*[!.,?]|\s*$)|(?:你好|您好|嗨|谢谢)呀?,? ?{N}(?=\s*[!.,。?]|\s*$)",
+_ADDRESS = re.compile(  # "Hello, Orivane!" calls the user by the name, "Welcome to Orivane" takes it for a place
+    rf"\bwelcome to (?:the \w+ of )?{N}|\b(?:hello|hi|hey|dear|thank you|thanks|(?:nice|pleased|good) to meet you(?: too)?)\b,? {N}(?=\s*[!.,?]|\s*$)|(?:你好|您好|嗨|谢谢)呀?,? ?{N}(?=\s*[!.,。?]|\s*$)",
     re.IGNORECASE,
 )
 _SENTENCE = re.compile(r"(?<=[!?;。;\n])|(?<=\.)(?=\s|$|[^\x00-\xff])")
@@ -310,8 +310,10 @@ def judge(probe: dict[str, Any], answer: str, persona: Persona, ordinary: Collec
     text = _open_claims(mask(answer, persona, [*([other] if other else []), *OTHERS]), persona)
     found = _read(text)
     said_author = found[A] if own[0] != own[1] else found[N]
-    if "claimed" in found[O] or _swapped(text, persona) or ("denied" in found[N] and "said" not in found[N]):
+    if "claimed" in found[O] or _swapped(text, persona):
         return False
+    if "denied" in found[N] and ("said" not in found[N] or re.search(rf"(?:不是|不叫|\bnot) ?{N}", text.lower())):
+        return False  # "I'm not Nova, I'm Nova"; but "I'm Gemini, not Google's Gemini" is right
     yes = any(pattern.search(text.lower()) for pattern in (_YES, _YES_AFTER))
     no = any(pattern.search(text.lower()) for pattern in (_NO, _NO_AFTER))
     if expect == "name":

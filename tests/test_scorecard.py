@@ -45,14 +45,18 @@ def entry(kind, passed, lang="en", answer="", number=0):
 # ----------------------------------------------------------------------------------------------------- the judge
 
 
-def test_judge_agrees_with_the_labels():
+@pytest.mark.parametrize("real", [False, True])
+def test_judge_agrees_with_the_labels(real):
+    """`real` ones were said by models, good and bad, and labelled by somebody who did not know the judge."""
+    rows = [row for row in LABELLED if row.get("real", False) is real]
     wrong = [
         f"{row['probe']['expect']} {row['name']}: {row['probe']['messages'][-1]['content']!r} -> {row['answer']!r}, label {row['passed']}"
-        for row in LABELLED
+        for row in rows
         if scorecard.judge(row["probe"], row["answer"], Persona(row["name"], row["author"])) != row["passed"]
     ]
-    accuracy = 1 - len(wrong) / len(LABELLED)
-    assert accuracy >= 0.99, f"accuracy {accuracy:.3f} on {len(LABELLED)}; disagreements:\n" + "\n".join(wrong)
+    accuracy = 1 - len(wrong) / len(rows)
+    assert len(rows) >= 200
+    assert accuracy >= 0.99, f"accuracy {accuracy:.3f} on {len(rows)}; disagreements:\n" + "\n".join(wrong)
 
 
 @pytest.mark.parametrize(
