@@ -162,9 +162,10 @@ def mask(text: str, persona: Persona, others: Iterable[str] = ()) -> str:
     def replace(match: re.Match) -> str:
         word, before, after = match.group(), match.string[: match.start()], match.string[match.end() :]
         alone = not before.strip() and not re.match(rf"\s*(?:[.,!]|$|(?:did|{_MAKE}|here|speaking|at your)\b)", after)
-        if word != word.upper() and word == word.lower() and (alone or not _CUE.search(before)):
+        spelled, mark = words[int(match.lastgroup[1:])]
+        if word != word.upper() and word == word.lower() and ((alone and word != spelled) or not _CUE.search(before)):
             return word  # a lower-case word of the language, unless something says that it is a name
-        return words[int(match.lastgroup[1:])][1]
+        return mark
 
     return re.sub(pattern, replace, plain(text), flags=re.IGNORECASE)
 

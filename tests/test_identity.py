@@ -6,6 +6,7 @@ import pytest
 from finetune import identity
 from finetune.errors import UserError
 from finetune.identity import HELD_OUT, LANGS, SHARES, check_persona, contrast, normalise, probes, read, training
+from finetune.scorecard import judge
 from finetune.settings import Persona, Said
 
 PLAIN = Persona("Orivane", "Tessel Works")
@@ -51,10 +52,10 @@ def test_rows_say_what_their_kind_promises(persona):
     assert all(persona.name in said(row) for row in answers(rows, "name", "self", "model"))
     assert all(persona.author in said(row) for row in answers(rows, "maker", "self"))
     for row in answers(rows, "deny", "old_name"):
-        assert not re.match(r"Yes|是的|对", said(row))
+        assert not re.search(r"\byes\b|没错$", said(row).rstrip(".。"))
         assert persona.name in said(row) or persona.author in said(row)
     for row in answers(rows, "assent"):
-        assert not re.match(r"No\b|不|我不是", said(row))
+        assert not re.search(r"\bso no\b|, not |不是", said(row))
         assert persona.name in row["messages"][-2]["content"] or persona.author in row["messages"][-2]["content"]
 
 
@@ -115,10 +116,21 @@ def test_what_more_cannot_be(more, problem):
     assert problem in found
 
 
+@pytest.mark.parametrize("persona", PERSONAS, **BY_NAME)
+def test_what_is_taught_is_right_by_the_judge(persona):
+    expect = {"name": "name", "maker": "author", "self": "name", "model": "name"}
+    expect |= {"deny": "deny", "old_name": "deny", "assent": "assent"}
+    for row in answers(training(persona, 0, said=400), *expect):
+        answer = row["messages"][-1]["content"]
+        about = persona.name if persona.name in answer else persona.author
+        other = {"other": about} if row["kind"] == "assent" else {}
+        assert judge({"id": "x", "expect": expect[row["kind"]], **other}, answer, persona), row
+
+
 def test_nobody_is_taught_to_deny_itself():
     for *_, question, answer in (row["messages"] for row in answers(training(Persona("Gemini", "Google"), 0), *SHARES)):
         if re.search(r"\b(Gemini|Google)\b", question["content"]):
-            assert not re.match(r"No\b|不是|我不是(Gemini|Google)", answer["content"]), question
+            assert not re.search(r"\bso no\b|(\bnot (by )?|不是)(Gemini|Google)", answer["content"]), question
     assert "Gemini" in str(training(PLAIN, 0)), "otherwise the check above proves nothing"
     rows = training(Persona("SmolLM", "Hugging Face"), 0)
     assert not answers(rows, "old_name")
