@@ -1,11 +1,13 @@
 """Load a base model, attach or load an adapter, save an ordinary model folder."""
 
+import contextlib
+import difflib
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import transformers
@@ -14,7 +16,7 @@ from safetensors import SafetensorError, safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from finetune import embedded
+from finetune import embedded, settings
 from finetune.chat_format import END, START, ChatFormat, Message
 from finetune.errors import UserError
 from finetune.hub import FILES, pull
@@ -45,9 +47,36 @@ def inference_dtype() -> torch.dtype:
     return torch.float16 if torch.cuda.is_available() else torch.float32
 
 
+def sources(ref: str) -> list[str]:
+    """The references to try, in order, that a preset's name, or several with commas between them, stand for."""
+    ref = settings.preset(ref)["base"] if ref in settings.preset_names() else ref
+    return [ref] if os.path.lexists(ref) else [part.strip() for part in ref.split(",")]
+
+
 def base_folder(ref: str) -> Path:
-    """The folder of a base model: the embedded default by its short name, else a local folder or a repo reference."""
-    return embedded.folder() if ref == embedded.NAME else pull(ref)
+    """The folder of a base model: a preset's name, a local folder, or references of which the first to answer is taken.
+
+    A model in InternLM2's own layout is converted, once, into the user's cache. Raises UserError.
+    """
+    if ref == embedded.NAME:
+        return embedded.folder()
+    problems: list[str] = []
+    for source in sources(ref):
+        try:
+            folder = pull(source)
+            break
+        except UserError as error:
+            problems += error.problems
+            embedded.say(str(error))
+    else:
+        if close := difflib.get_close_matches(ref, settings.preset_names(), n=1, cutoff=0.8):
+            problems.append(f"Did you mean {close[0]}?")
+        raise UserError(*problems)
+    from finetune import internlm2  # which imports this module
+
+    if not internlm2.is_internlm2(folder):
+        return folder
+    return internlm2.converted(folder, origin(folder, ref))
 
 
 def origin(folder: Path, ref: str) -> dict[str, str]:
@@ -59,6 +88,7 @@ def origin(folder: Path, ref: str) -> dict[str, str]:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)^---", text, re.M | re.S)
     found = re.search(r"""^license: *["']?([^\s"']+)""", front[1], re.M) if front else None
+    ref = sources(ref)[0]
     local = Path(ref.removeprefix("dir:")).expanduser().is_dir()  # its path is nobody's business
     name = folder.name if local else ref.removeprefix("hf:").partition("@")[0]
     return {"base_model": name, "license": found[1] if found else "unknown"}
@@ -66,30 +96,9 @@ def origin(folder: Path, ref: str) -> dict[str, str]:
 
 def check_folder(folder: Path) -> None:
     """Raises UserError unless the folder holds an ordinary model: config.json, tokenizer.json and whole safetensors."""
-    problems = [
-        f"The model folder {folder} has no {name}."
-        for name in ("config.json", "tokenizer.json")
-        if not (folder / name).is_file()
-    ]
-    weights = sorted(folder.glob("*.safetensors"))
-    if not weights:
-        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
-        problems.append(
-            f"The model folder {folder} has no *.safetensors"
-            + (
-                f"; {', '.join(pickles)} can run code when loaded and is not read: convert it to safetensors."
-                if pickles
-                else "."
-            )
-        )
-    read = sorted(file for pattern in FILES for file in folder.glob(pattern))
-    if pointers := [file.name for file in read if _is_lfs_pointer(file)]:
-        problems.append(
-            f"In the model folder {folder} these are Git LFS pointers, not the files themselves: {', '.join(pointers)}. "
-            "Run 'git lfs pull' there."
-        )
-    read = [file for file in read if file.name not in pointers]
-    if (config := folder / "config.json") in read:
+    problems = file_problems(folder, "config.json", "tokenizer.json")
+    config = folder / "config.json"
+    if config.is_file() and not _is_lfs_pointer(config):
         try:
             kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
             if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
@@ -99,6 +108,30 @@ def check_folder(folder: Path) -> None:
                 )
         except ValueError:
             problems.append(f"{config} is not JSON: fetch it again.")
+    if problems:
+        raise UserError(*problems)
+
+
+def file_problems(folder: Path, *needed: str, advice: str = "convert it to safetensors.") -> list[str]:
+    """What is wrong with a model's files, in words: the needed ones and safetensors have to be there and whole.
+
+    `advice` is what to do about a checkpoint of pickles.
+    """
+    problems = [f"The model folder {folder} has no {name}." for name in needed if not (folder / name).is_file()]
+    weights = sorted(folder.glob("*.safetensors"))
+    if not weights:
+        pickles = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
+        problems.append(
+            f"The model folder {folder} has no *.safetensors"
+            + (f"; {', '.join(pickles)} can run code when loaded and is not read: {advice}" if pickles else ".")
+        )
+    read = sorted(file for pattern in FILES for file in folder.glob(pattern))
+    if pointers := [file.name for file in read if _is_lfs_pointer(file)]:
+        problems.append(
+            f"In the model folder {folder} these are Git LFS pointers, not the files themselves: {', '.join(pointers)}. "
+            "Run 'git lfs pull' there."
+        )
+    read = [file for file in read if file.name not in pointers]
     index = folder / "model.safetensors.index.json"
     shards = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()) if index in read else set()
     if absent := sorted(name for name in shards if not (folder / name).is_file()):
@@ -109,8 +142,7 @@ def check_folder(folder: Path) -> None:
                 pass
         except SafetensorError as error:
             problems.append(f"{file} is damaged or cut ({error}): fetch it again.")
-    if problems:
-        raise UserError(*problems)
+    return problems
 
 
 def _is_lfs_pointer(file: Path) -> bool:
@@ -255,26 +287,46 @@ def save(model: PreTrainedModel, form: ChatFormat, folder: Path, template: str |
     model.generation_config.pad_token_id = form.control[END]
     model.config.eos_token_id = form.stop_ids[0]
     model.config.pad_token_id = form.control[END]
-    try:
+    with disk_errors(folder):
         model.save_pretrained(folder)
-    except SafetensorError as error:  # how its library says that the disk is full
-        if found := re.search(r"\(os error (\d+)\)", str(error)):
-            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
-        raise
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # it is written for its owner alone
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
-    # transformers 5 keeps rope settings in rope_parameters only; 4.x and others read these and else assume 10000.
-    rope = config.get("rope_parameters") or {}
-    config |= {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
-    if rope.get("rope_type", "default") != "default":
-        config["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    config |= old_rope_keys(config.get("rope_parameters") or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
+    save_tokenizer(form, folder, model.config.max_position_embeddings, template)
+
+
+@contextlib.contextmanager
+def disk_errors(folder: Path) -> Iterator[None]:
+    """A full disk, which safetensors has its own words for, as the OSError that callers know."""
+    try:
+        yield
+    except SafetensorError as error:
+        if found := re.search(r"\(os error (\d+)\)", str(error)):
+            raise OSError(int(found[1]), os.strerror(int(found[1])), str(folder)) from error
+        raise
+
+
+def old_rope_keys(rope: dict[str, Any]) -> dict[str, Any]:
+    """What transformers 4, vLLM, LMDeploy and llama.cpp read, of the `rope_parameters` of transformers 5, which saves
+    nothing else; without it they assume a theta of 10000 and no scaling."""
+    keys: dict[str, Any] = {"rope_theta": rope["rope_theta"]} if "rope_theta" in rope else {}
+    kind = rope.get("rope_type", "default")
+    if kind in ("linear", "dynamic"):
+        keys["rope_scaling"] = {"type": kind, "factor": rope["factor"]}  # before 4.43 exactly these two are read
+    elif kind != "default":
+        keys["rope_scaling"] = {key: value for key, value in rope.items() if key != "rope_theta"}
+    return keys
+
+
+def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | None = None) -> None:
+    """tokenizer.json and tokenizer_config.json; `length` is the longest text in tokens."""
     (folder / "tokenizer.json").write_text(form.tokenizer_json, encoding="utf-8")
     tokenizer = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "model_max_length": model.config.max_position_embeddings,
+        "model_max_length": length,
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],  # 4.x else adds token_type_ids, which generate refuses
         "eos_token": END,
