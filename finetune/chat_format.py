@@ -122,14 +122,13 @@ class ChatFormat:
         if system is not None:
             for token, split in pairs:
                 system = system.replace(token, split)
-            # ascii: Jinja reads Python's escapes; it takes JSON's "\\ud83d\\ude00" for two broken characters.
-            turn = f"'{START}system\\n' ~ {system!a} ~ '{END}\\n'"
+            turn = f"'{START}system\\n' ~ {_quoted(system)} ~ '{END}\\n'"
             default = f"{{%- if messages[0]['role'] != 'system' %}}{{{{- {turn} }}}}{{%- endif %}}"
         return (
             f"{{{{- '{self.tokenizer.decode(self._bos, skip_special_tokens=False)}' }}}}{default}"
             "{%- for message in messages %}"
             "{%- set turn = namespace(text=message['content']) %}"
-            f"{{%- for token, split in {pairs!a} %}}"
+            f"{{%- for token, split in {_quoted(pairs)} %}}"
             "{%- set turn.text = turn.text.replace(token, split) %}"
             "{%- endfor %}"
             f"{{{{- '{START}' ~ message['role'] ~ '\\n' ~ turn.text ~ '{END}\\n' }}}}"
@@ -141,6 +140,11 @@ class ChatFormat:
     def hash(self) -> str:
         """sha256 over the template and the control tokens' ids: two models with the same hash are prompted alike."""
         return hashlib.sha256(json.dumps([self.template, self.control], sort_keys=True).encode()).hexdigest()
+
+
+def _quoted(value: object) -> str:
+    """As a literal that every reader of Jinja knows: llama.cpp's has no "\\u" escapes, so the characters stand as such."""
+    return json.dumps(value, ensure_ascii=False)
 
 
 class TextStream:

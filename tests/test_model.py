@@ -380,7 +380,7 @@ def test_a_saved_folder_opens_in_plain_transformers(tiny_model, tmp_path, templa
         ({"rope_type": "default", "rope_theta": 123456.0}, {"rope_theta": 123456.0}),
         (
             {"rope_type": "linear", "rope_theta": 5e5, "factor": 2.0},
-            {"rope_theta": 5e5, "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
+            {"rope_theta": 5e5, "rope_scaling": {"type": "linear", "factor": 2.0}},
         ),
     ],
 )
