@@ -25,8 +25,8 @@ from finetune.model import load, load_adapter, save
 
 ANSWER_TOKENS = 24  # of each proof conversation
 # (largest logit difference, least share of equal greedy tokens). float32 merges differ by rounding alone, about 1e-4;
-# rounding the weights to bfloat16 moves logits by some tenths and may tip a near-tie.
-TOLERANCE = {"float32": (0.01, 0.999), "bfloat16": (2.0, 0.9)}
+# rounding the weights to bfloat16 moves logits by some tenths and may tip a near-tie, to float16 by an eighth of that.
+TOLERANCE = {"float32": (0.01, 0.999), "bfloat16": (2.0, 0.9), "float16": (0.25, 0.98)}
 
 # Runs without this package on the path: what somebody who downloads the folder does.
 FRESH_PROCESS = """
@@ -75,6 +75,8 @@ def merge(
         model = model.merge_and_unload().to(getattr(torch, dtype))
         save(model, form, new)
         del model
+        if (pieces := base / "tokenizer.model").is_file():
+            shutil.copy(pieces, new)  # llama.cpp reads InternLM2's tokenizer from it, and its own layout needs it
         try:
             proof = prove(new, Path(work) / "proof", dtype)
         except UserError:

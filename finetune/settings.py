@@ -14,6 +14,7 @@ import tomlkit
 from finetune.errors import UserError
 
 PRESETS = Path(__file__).with_name("presets")
+BASES = PRESETS / "bases.toml"  # of which each table is a preset
 DEFAULT_PRESET = "smollm2-135m-instruct"
 
 
@@ -66,12 +67,12 @@ class Gate:
 
 @dataclasses.dataclass(frozen=True)
 class Merge:
-    dtype: Literal["float32", "bfloat16"] = "float32"  # of the merged model's files
+    dtype: Literal["float32", "bfloat16", "float16"] = "float32"  # of the merged model's files
 
 
 @dataclasses.dataclass(frozen=True)
 class Settings:
-    base: str = DEFAULT_PRESET  # a preset's name, a local folder, or a repo reference
+    base: str = DEFAULT_PRESET  # a preset's name, a local folder, or repo references in the order tried
     task: Literal["identity"] = "identity"
     method: Literal["lora"] = "lora"
     seed: int = 0
@@ -156,19 +157,18 @@ def _flat(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 def preset(name: str) -> dict[str, Any]:
     """The preset's values. Raises UserError with the nearest name when there is none."""
-    file = PRESETS / f"{name}.toml"
-    if not file.is_file():
-        names = preset_names()
+    names, file = preset_names(), PRESETS / f"{name}.toml"
+    if name not in names:
         close = difflib.get_close_matches(name, names, n=1, cutoff=0.4)
         raise UserError(
             f"There is no preset {name!r}; "
             + (f"did you mean {close[0]}?" if close else f"presets: {', '.join(names)}.")
         )
-    return read_toml(file)
+    return read_toml(file) if file.is_file() else read_toml(BASES)[name]
 
 
 def preset_names() -> list[str]:
-    return sorted(file.stem for file in PRESETS.glob("*.toml"))
+    return sorted([file.stem for file in PRESETS.glob("*.toml") if file != BASES] + list(read_toml(BASES)))
 
 
 def read_toml(file: Path) -> dict[str, Any]:
