@@ -154,9 +154,10 @@ def to_llama(source: Path, target: Path, origin: dict[str, str]) -> None:
             f"{source / 'config.json'} says vocab_size {config['vocab_size']} and InternLM2's tokenizer has {VOCABULARY} "
             "tokens: this model was given others, which are not known here; choose another base."
         )
-    form = ChatFormat(build_tokenizer(source / "tokenizer.model").to_str())
+    _load_pieces(source / "tokenizer.model")  # which may be damaged: found before the work
     new = _begin(source, target)
     weights_to_llama(source, new, own)
+    form = ChatFormat(build_tokenizer(source / "tokenizer.model").to_str())
     _write_json(new / "config.json", config)
     stops = {"eos_token_id": [config["eos_token_id"], form.control[END]]}
     _write_json(new / "generation_config.json", {key: config[key] for key in ("bos_token_id", "pad_token_id")} | stops)

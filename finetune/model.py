@@ -76,7 +76,7 @@ def base_folder(ref: str) -> Path:
 
     if not internlm2.is_internlm2(folder):
         return folder
-    return internlm2.converted(folder, origin(folder, ref))
+    return internlm2.converted(folder, origin(folder, ref if ref in settings.preset_names() else source))
 
 
 def origin(folder: Path, ref: str) -> dict[str, str]:
@@ -90,7 +90,7 @@ def origin(folder: Path, ref: str) -> dict[str, str]:
     found = re.search(r"""^license: *["']?([^\s"']+)""", front[1], re.M) if front else None
     ref = sources(ref)[0]
     local = Path(ref.removeprefix("dir:")).expanduser().is_dir()  # its path is nobody's business
-    name = folder.name if local else ref.removeprefix("hf:").partition("@")[0]
+    name = folder.name if local else re.sub(r"^\w+:", "", ref).partition("@")[0]
     return {"base_model": name, "license": found[1] if found else "unknown"}
 
 

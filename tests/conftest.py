@@ -1,5 +1,7 @@
 """What several test files share: a tiny model that is made here, in a second, the same in each session."""
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
@@ -55,3 +57,70 @@ def default_model() -> Path:
     from finetune import embedded
 
     return embedded.folder()
+
+
+@pytest.fixture(scope="session")
+def internlm2_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """InternLM2 in its own layout, tiny and random, with the real tokenizer; two shards."""
+    import torch
+    from safetensors.torch import save_file
+
+    heads, kv_heads, size, inner, vocabulary = 4, 2, 32, 64, 92544
+    torch.manual_seed(0)
+
+    def matrix(*shape: int) -> torch.Tensor:
+        return torch.randn(*shape) * 0.3
+
+    shards = [{"model.tok_embeddings.weight": matrix(vocabulary, size)}, {"output.weight": matrix(vocabulary, size)}]
+    for i, shard in enumerate(shards):
+        layer = {
+            "attention.wqkv": matrix((heads + 2 * kv_heads) * size // heads, size),
+            "attention.wo": matrix(size, size),
+            "attention_norm": torch.rand(size) + 0.5,
+            "feed_forward.w1": matrix(inner, size),
+            "feed_forward.w2": matrix(size, inner),
+            "feed_forward.w3": matrix(inner, size),
+            "ffn_norm": torch.rand(size) + 0.5,
+        }
+        shard |= {f"model.layers.{i}.{name}.weight": weight for name, weight in layer.items()}
+    shards[1]["model.norm.weight"] = torch.rand(size) + 0.5
+    folder = tmp_path_factory.mktemp("internlm2") / "internlm2-tiny"
+    folder.mkdir()
+    names = [f"model-0000{i}-of-00002.safetensors" for i in (1, 2)]
+    for name, shard in zip(names, shards, strict=True):
+        save_file(shard, folder / name, metadata={"format": "pt"})
+    weight_map = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    config = {
+        "architectures": ["InternLM2ForCausalLM"],
+        "auto_map": {"AutoConfig": "configuration_internlm2.InternLM2Config"},
+        "bias": False,
+        "bos_token_id": 1,
+        "eos_token_id": 2,
+        "hidden_size": size,
+        "intermediate_size": inner,
+        "max_position_embeddings": 1024,
+        "model_type": "internlm2",
+        "num_attention_heads": heads,
+        "num_hidden_layers": len(shards),
+        "num_key_value_heads": kv_heads,
+        "pad_token_id": 2,
+        "rms_norm_eps": 1e-05,
+        "rope_scaling": {"factor": 2.0, "type": "dynamic"},
+        "rope_theta": 1000000,
+        "torch_dtype": "float32",
+        "vocab_size": vocabulary,
+    }
+    (folder / "config.json").write_text(json.dumps(config))
+    (folder / "README.md").write_text("---\nlicense: other\n---\n")
+    shutil.copy(Path(__file__).parent / "data" / "internlm2" / "tokenizer.model", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def internlm2_as_llama(internlm2_folder: Path) -> Path:
+    """The same, converted."""
+    from finetune.internlm2 import to_llama
+
+    to_llama(internlm2_folder, internlm2_folder.parent / "llama", {"base_model": "internlm2-tiny", "license": "other"})
+    return internlm2_folder.parent / "llama"

@@ -1,0 +1,421 @@
+"""InternLM2's checkpoints and adapters, from its own layout to Llama's and back."""
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from finetune import internlm2, model
+from finetune.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+DATA = Path(__file__).parent / "data" / "internlm2"
+TINY = ("base", "bias", "dyn", "linear")  # random checkpoints, with logits by InternLM2's own code
+CHATS = json.loads((DATA / "tokenizer_expected.json").read_text(encoding="utf-8"))["chats"]
+ORIGIN = {"base_model": "internlm/x", "license": "other"}
+
+
+def read_json(file: Path) -> dict:
+    return json.loads(file.read_text(encoding="utf-8"))
+
+
+def own(name: str) -> dict:
+    return read_json(DATA / f"tiny_{name}" / "config.json")
+
+
+def link(source: Path, target: Path, *but: str) -> Path:
+    """A copy of a folder that costs nothing, without the files named."""
+    target.mkdir()
+    for file in source.iterdir():
+        if file.name not in but:
+            os.link(file, target / file.name)
+    return target
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    return {name: tensor for file in folder.glob("*.safetensors") for name, tensor in load_file(file).items()}
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return a.keys() == b.keys() and all(a[n].dtype == b[n].dtype and torch.equal(a[n], b[n]) for n in a)
+
+
+def convert(name: str, target: Path) -> Path:
+    """Weights and configuration of a tiny checkpoint; its 320 tokens have no tokenizer."""
+    target.mkdir()
+    internlm2.weights_to_llama(DATA / f"tiny_{name}", target, own(name))
+    (target / "config.json").write_text(json.dumps(internlm2.llama_config(own(name))))
+    return target
+
+
+@pytest.fixture(scope="module", params=TINY)
+def tiny(request, tmp_path_factory) -> tuple[str, Path, dict[str, torch.Tensor]]:
+    """(name, converted folder, what InternLM2's own code gives)"""
+    expected = load_file(DATA / f"tiny_{request.param}.expected.safetensors")
+    return request.param, convert(request.param, tmp_path_factory.mktemp("tiny") / request.param), expected
+
+
+def assert_gives(folder: Path, expected: dict[str, torch.Tensor]) -> None:
+    def network():
+        """Afresh: with dynamic rope a long text leaves its mark, in InternLM2's code as well."""
+        return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+    with torch.inference_mode():
+        for length in (5, 48):  # 48 is beyond the 32 of the scaled ones
+            found = network()(expected[f"ids{length}"]).logits
+            torch.testing.assert_close(found, expected[f"logits{length}"], rtol=0, atol=1e-4)
+        seen = expected["padam"].bool()
+        assert not seen.all()
+        found = network()(expected["padids"], attention_mask=expected["padam"]).logits
+        torch.testing.assert_close(found[seen], expected["padlogits"][seen], rtol=0, atol=1e-4)
+        new = expected["gen_out"].shape[1] - expected["gen_in"].shape[1]
+        settings = {"max_new_tokens": new, "do_sample": False, "eos_token_id": None, "pad_token_id": 2}
+        assert torch.equal(network().generate(expected["gen_in"], **settings), expected["gen_out"])
+
+
+# ------------------------------------------------------------------------------------------------------------ models
+
+
+def test_the_converted_network_is_internlm2s(tiny):
+    _, folder, expected = tiny
+    assert_gives(folder, expected)
+
+
+def test_merged_saved_and_opened_again_it_still_is(tiny, tiny_model, tmp_path):
+    """As a run does it: adapter, merge, save, plain transformers. A fresh adapter changes nothing."""
+    _, folder, expected = tiny
+    network = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    merged = model.add_lora(network, 4).merge_and_unload().float()
+    model.save(merged, model.chat_format(tiny_model), tmp_path / "merged")
+    assert_gives(tmp_path / "merged", expected)
+
+
+@pytest.mark.parametrize(
+    "name, rope",
+    [("base", None), ("dyn", {"type": "dynamic", "factor": 2.0}), ("linear", {"type": "linear", "factor": 2.0})],
+)
+def test_rope_is_written_for_old_and_for_new_readers(name, rope, tmp_path, tiny_model):
+    folder = convert(name, tmp_path / "llama")
+    network = AutoModelForCausalLM.from_pretrained(folder)
+    model.save(network, model.chat_format(tiny_model), tmp_path / "saved")
+    for config in (read_json(folder / "config.json"), read_json(tmp_path / "saved" / "config.json")):
+        assert (config["rope_theta"], config.get("rope_scaling")) == (1e6, rope)
+        new = config["rope_parameters"]
+        assert (new["rope_theta"], new["rope_type"]) == (1e6, rope["type"] if rope else "default")
+
+
+def test_grouped_and_ungrouped_rows_come_where_they_belong():
+    """By the rule [kv head][its queries, k, v][head_dim], each row named by what it is."""
+    for heads, kv in ((8, 4), (4, 4), (4, 1)):
+        rows = [
+            f"{part} {i}"
+            for k in range(kv)
+            for part in [*(f"q{k * heads // kv + g}" for g in range(heads // kv)), f"k{k}", f"v{k}"]
+            for i in (0, 1)
+        ]
+        config = {"num_attention_heads": heads, "num_key_value_heads": kv, "hidden_size": heads * 2}
+        parts = internlm2.split_qkv(torch.arange(len(rows)), config)
+        for letter, count, part in zip("qkv", (heads, kv, kv), parts, strict=True):
+            assert [rows[i] for i in part] == [f"{letter}{head} {i}" for head in range(count) for i in (0, 1)]
+        assert torch.equal(internlm2.join_qkv(parts, config), torch.arange(len(rows)))
+
+
+def test_back_again_bit_for_bit(tiny, tmp_path):
+    name, folder, _ = tiny
+    config = internlm2.internlm2_config(read_json(folder / "config.json"))
+    internlm2.weights_from_llama(folder, tmp_path, config)
+    assert (tmp_path / "model.safetensors").read_bytes() == (DATA / f"tiny_{name}" / "model.safetensors").read_bytes()
+    known = own(name).keys() - {"pretraining_tp", "transformers_version"}
+    assert {key: config[key] for key in known} == {key: own(name)[key] for key in known}
+
+
+def test_the_folder_is_ordinary_and_says_what_it_is(internlm2_as_llama):
+    folder = internlm2_as_llama
+    model.check_folder(folder)
+    assert {file.name for file in folder.iterdir()} == {
+        "config.json",
+        "generation_config.json",
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+        "model.safetensors.index.json",
+        "origin.json",
+        "tokenizer.json",
+        "tokenizer.model",
+        "tokenizer_config.json",
+    }
+    network, tokenizer = AutoModelForCausalLM.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
+    assert network.config.model_type == "llama"
+    assert network.generation_config.eos_token_id == [2, 92542]
+    assert len(tokenizer) == network.get_input_embeddings().num_embeddings == 92544
+    form = model.chat_format(folder)
+    for chat in CHATS:
+        found = tokenizer.apply_chat_template(chat["messages"], add_generation_prompt=True, return_dict=False)
+        assert found == form.prompt(chat["messages"]) == chat["ids"]
+    assert model.origin(folder, "anything") == {"base_model": "internlm2-tiny", "license": "other"}
+    assert not (folder / "README.md").exists()  # InternLM2's own card would speak of another layout
+
+
+def test_a_whole_folder_goes_back_bit_for_bit(internlm2_folder, internlm2_as_llama, tmp_path):
+    internlm2.from_llama(internlm2_as_llama, tmp_path / "own")
+    assert equal(weights(tmp_path / "own"), weights(internlm2_folder))
+    assert (tmp_path / "own" / "tokenizer.model").read_bytes() == (internlm2_folder / "tokenizer.model").read_bytes()
+    config = read_json(tmp_path / "own" / "config.json")
+    assert config["auto_map"]["AutoModelForCausalLM"].endswith("--modeling_internlm2.InternLM2ForCausalLM")
+    known = read_json(internlm2_folder / "config.json").keys() - {"auto_map"}
+    assert {key: config[key] for key in known} == {
+        key: read_json(internlm2_folder / "config.json")[key] for key in known
+    }
+    assert internlm2.is_internlm2(tmp_path / "own")
+    from jinja2 import Template
+
+    tokenizer = read_json(tmp_path / "own" / "tokenizer_config.json")
+    template = Template(tokenizer["chat_template"], keep_trailing_newline=True)
+    for chat in CHATS:
+        assert template.render(bos_token="<s>", messages=chat["messages"], add_generation_prompt=True) == chat["prompt"]
+    assert {
+        int(i): token["content"] for i, token in tokenizer["added_tokens_decoder"].items() if int(i) > 2
+    } == internlm2.CONTROL_TOKENS
+
+
+def many_shards(source: Path, target: Path) -> Path:
+    """The same model with each tensor in a file of its own."""
+    link(source, target, *(file.name for file in source.glob("*.safetensors*")))
+    for i, (name, tensor) in enumerate(weights(source).items()):
+        save_file({name: tensor}, target / f"part-{i:02}.safetensors")
+    return target
+
+
+CONVERT = """
+import resource, sys
+from pathlib import Path
+import finetune.internlm2
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for function, source, target, *more in eval(sys.argv[1]):
+    getattr(finetune.internlm2, function)(Path(source), Path(target), *more)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before)
+"""
+
+
+def child(*calls: tuple) -> list[str]:
+    """Calls of functions of internlm2 in a process of their own, which prints by how many KB its memory has grown."""
+    return [
+        sys.executable,
+        "-c",
+        CONVERT,
+        repr([tuple(str(x) if isinstance(x, Path) else x for x in c) for c in calls]),
+    ]
+
+
+def test_killed_it_goes_on_and_ends_the_same(internlm2_folder, internlm2_as_llama, tmp_path):
+    source, target = many_shards(internlm2_folder, tmp_path / "source"), tmp_path / "llama"
+    new = tmp_path / "llama.tmp"
+    with subprocess.Popen(child(("to_llama", source, target, ORIGIN)), cwd=ROOT, stderr=subprocess.DEVNULL) as work:
+        deadline = time.monotonic() + 60
+        while len(list(new.glob("*.safetensors"))) < 2 and work.poll() is None and time.monotonic() < deadline:
+            time.sleep(0.001)
+        work.send_signal(signal.SIGKILL)
+    assert not target.exists()
+    done = {file: file.stat().st_mtime_ns for file in new.glob("*.safetensors")}
+    assert 2 <= len(done) < len(list(source.glob("*.safetensors"))), "killed too late"
+    internlm2.to_llama(source, target, ORIGIN)
+    assert {file: (target / file.name).stat().st_mtime_ns for file in done} == done  # not made again
+    assert not new.exists()
+    assert equal(weights(target), weights(internlm2_as_llama))
+    assert not list(target.glob("*.part"))
+    AutoModelForCausalLM.from_pretrained(target)
+
+
+def test_what_was_begun_from_another_source_is_not_gone_on_with(internlm2_folder, internlm2_as_llama, tmp_path):
+    new = tmp_path / "llama.tmp"
+    link(internlm2_as_llama, new)
+    (new / "source").write_text("another")
+    (new / "model-00001-of-00002.safetensors").unlink()
+    save_file({}, new / "model-00001-of-00002.safetensors")
+    internlm2.to_llama(internlm2_folder, tmp_path / "llama", ORIGIN)
+    assert equal(weights(tmp_path / "llama"), weights(internlm2_as_llama))
+
+
+def test_one_shard_is_in_memory_not_the_model(tmp_path):
+    """Twelve layers of 20 MB in as many files, there and back: 240 MB, of which never more than two files' worth."""
+    size, layers = 640, 12
+    config = {**own("base"), "hidden_size": size, "intermediate_size": 5 * size // 2, "num_hidden_layers": layers}
+    config |= {"vocab_size": internlm2.VOCABULARY // 8, "num_attention_heads": 8}
+    source = tmp_path / "own"
+    source.mkdir()
+    shapes = {
+        "attention.wqkv": (2 * size, size),
+        "attention.wo": (size, size),
+        "feed_forward.w2": (size, 5 * size // 2),
+    }
+    shapes |= dict.fromkeys(("feed_forward.w1", "feed_forward.w3"), (5 * size // 2, size))
+    shapes |= dict.fromkeys(("attention_norm", "ffn_norm"), (size,))
+    ends = {"model.norm.weight": (size,), "output.weight": (config["vocab_size"], size)}
+    ends["model.tok_embeddings.weight"] = ends["output.weight"]
+    for i in range(layers):
+        layer = {f"model.layers.{i}.{name}.weight": torch.rand(shape) for name, shape in shapes.items()}
+        save_file(layer, source / f"{i:02}.safetensors")
+    for name, shape in ends.items():
+        save_file({name: torch.rand(shape)}, source / f"{name}.safetensors")
+    shard = max(file.stat().st_size for file in source.iterdir())
+    total = sum(file.stat().st_size for file in source.iterdir())
+    assert total > 8 * shard
+    (tmp_path / "llama").mkdir()
+    (tmp_path / "back").mkdir()
+    there = ("weights_to_llama", source, tmp_path / "llama", config)
+    back = ("weights_from_llama", tmp_path / "llama", tmp_path / "back", config)
+    done = subprocess.run(child(there, back), cwd=ROOT, capture_output=True, text=True, check=True)
+    grown = [1024 * int(line) for line in done.stdout.split()]
+    assert len(grown) == 2
+    assert max(grown) < 2.5 * shard
+    assert equal(weights(tmp_path / "back"), weights(source))
+
+
+def test_q_k_and_v_may_lie_in_different_shards(internlm2_folder, internlm2_as_llama, tmp_path):
+    source = many_shards(internlm2_as_llama, tmp_path / "llama")
+    internlm2.from_llama(source, tmp_path / "own")
+    assert equal(weights(tmp_path / "own"), weights(internlm2_folder))
+
+
+def test_a_base_in_internlm2s_layout_is_converted_once(internlm2_folder, internlm2_as_llama, tmp_path, monkeypatch):
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    folder = model.base_folder(f"/no/where,{internlm2_folder}")  # the first source that answers
+    assert folder.parent == tmp_path / "cache"
+    assert equal(weights(folder), weights(internlm2_as_llama))
+    assert model.origin(folder, str(internlm2_folder)) == {"base_model": "internlm2-tiny", "license": "other"}
+    made = (folder / "config.json").stat().st_mtime_ns
+    assert model.base_folder(str(internlm2_folder)) == folder
+    assert (folder / "config.json").stat().st_mtime_ns == made
+    changed = link(internlm2_folder, tmp_path / "internlm2-tiny", "config.json")
+    shutil.copy(internlm2_folder / "config.json", changed)
+    assert model.base_folder(str(changed)) != folder
+
+
+def test_no_source_answers(tmp_path):
+    with pytest.raises(UserError) as caught:
+        model.base_folder(f"{tmp_path}/a,dir:{tmp_path}/b")
+    assert list(caught.value.problems) == [
+        f"'{tmp_path}/a' is neither a folder nor a repo reference such as hf:user/name; check its spelling.",
+        f"'{tmp_path}/b' is not a folder; check its spelling.",
+    ]
+    with pytest.raises(UserError, match=r"Did you mean internlm2-chat-1_8b\?"):
+        model.base_folder("internlm2-chat-1.8b")
+
+
+# --------------------------------------------------------------------------------------------------- models, refused
+
+
+@pytest.fixture
+def folder(internlm2_folder, tmp_path) -> Path:
+    """A copy to be changed."""
+    return link(internlm2_folder, tmp_path / "changed")
+
+
+def edit_json(file: Path, **values) -> None:
+    """Set keys; None removes one. Not in place: the file is linked."""
+    content = {**read_json(file), **values}
+    file.unlink()
+    file.write_text(json.dumps({key: value for key, value in content.items() if value is not None}))
+
+
+def refused(folder: Path, tmp_path: Path) -> str:
+    with pytest.raises(UserError) as caught:
+        internlm2.to_llama(folder, tmp_path / "llama", ORIGIN)
+    assert not (tmp_path / "llama").exists()
+    return str(caught.value)
+
+
+def test_pickles_are_refused_and_the_command_told_turns_them_into_safetensors(folder, internlm2_as_llama, tmp_path):
+    for i, file in enumerate(sorted(folder.glob("*.safetensors"))):
+        torch.save(load_file(file), folder / f"pytorch_model-{i}.bin")
+        file.unlink()
+    (folder / "model.safetensors.index.json").unlink()
+    told = refused(folder, tmp_path)
+    assert told.startswith(
+        f"The model folder {folder} has no *.safetensors; pytorch_model-0.bin, pytorch_model-1.bin can run code when loaded "
+        "and is not read: to turn it into safetensors without running what is in it, type\n\npython -c "
+    )
+    command = told.split("\n\n")[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    internlm2.to_llama(folder, tmp_path / "llama", ORIGIN)
+    assert equal(weights(tmp_path / "llama"), weights(internlm2_as_llama))
+
+
+class Evil:
+    def __init__(self, file: Path) -> None:
+        self.file = str(file)
+
+    def __reduce__(self):
+        return Path.touch, (Path(self.file),)
+
+
+def test_the_command_runs_nothing_that_a_pickle_brings(folder, tmp_path):
+    for file in folder.glob("*.safetensors*"):
+        file.unlink()
+    torch.save({"model.norm.weight": Evil(tmp_path / "ran")}, folder / "pytorch_model.bin")
+    command = refused(folder, tmp_path).split("\n\n")[1].replace("python", sys.executable, 1)
+    done = subprocess.run(command, shell=True, capture_output=True, text=True)
+    assert done.returncode
+    assert "Weights only load failed" in done.stderr
+    assert not (tmp_path / "ran").exists()
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"vocab_size": 92550}, "says vocab_size 92550 and InternLM2's tokenizer has 92544 tokens"),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 2.0}},
+            "rope_scaling {'type': 'yarn', 'factor': 2.0}, which InternLM2 does not know",
+        ),
+        ({"hidden_size": None, "num_hidden_layers": None}, "has no hidden_size, num_hidden_layers: fetch it again"),
+        ({"num_hidden_layers": 3}, "7 missing and 0 unknown (missing: model.layers.2.attention.wo.weight, "),
+        ({"num_hidden_layers": 1}, "0 missing and 7 unknown (unknown: model.layers.1.attention.wo.weight, "),
+        ({"bias": None}, "4 missing and 0 unknown (missing: model.layers.0.attention.wo.bias, "),  # absent, it is true
+    ],
+)
+def test_a_config_that_does_not_fit_is_refused_in_words(folder, tmp_path, values, words):
+    edit_json(folder / "config.json", **values)
+    assert words in refused(folder, tmp_path)
+
+
+def test_all_that_is_missing_is_told_at_once(folder, tmp_path):
+    (folder / "tokenizer.model").unlink()
+    (folder / "model-00002-of-00002.safetensors").unlink()
+    assert refused(folder, tmp_path).splitlines() == [
+        f"The model folder {folder} has no tokenizer.model.",
+        f"The model folder {folder} lacks model-00002-of-00002.safetensors, which its index names: fetch them.",
+    ]
+
+
+@pytest.mark.parametrize(
+    "config, expected",
+    [
+        ({"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm2"}, True),
+        ({"architectures": ["InternLM2ForCausalLM"], "model_type": "internlm"}, True),
+        ({"architectures": ["InternLMForCausalLM"], "model_type": "internlm"}, False),
+        ({"architectures": ["LlamaForCausalLM"], "model_type": "llama"}, False),
+        ({}, False),
+        ([], False),
+        (None, False),
+    ],
+)
+def test_internlm2_is_told_by_its_config(tmp_path, config, expected):
+    if config is not None:
+        (tmp_path / "config.json").write_text(json.dumps(config))
+    assert internlm2.is_internlm2(tmp_path) is expected
+
+
+def test_a_model_of_another_kind_has_no_such_layout(tiny_model, tmp_path):
+    link(tiny_model, tmp_path / "llama")
+    (tmp_path / "llama" / "tokenizer.model").touch()
+    with pytest.raises(UserError, match="was not made from an InternLM2 model"):
+        internlm2.from_llama(tmp_path / "llama", tmp_path / "own")
