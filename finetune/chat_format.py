@@ -48,7 +48,7 @@ class ChatFormat:
             spec["normalizer"] = {"type": "Sequence", "normalizers": [delete_split, *steps]}
         for token in spec["added_tokens"]:
             token["normalized"] = False  # control tokens are looked for before SPLIT is deleted
-        self.tokenizer_json = json.dumps(spec, ensure_ascii=False, indent=1)
+        self.tokenizer_json = json.dumps(spec, ensure_ascii=False)
         self.tokenizer = Tokenizer.from_str(self.tokenizer_json)
         self.control = {token["content"]: token["id"] for token in spec["added_tokens"]}
         if missing := [token for token in (START, END) if token not in self.control]:
