@@ -416,7 +416,7 @@ def convert_adapter(source: Path, target: Path, base: Path) -> None:
         lora = _lora_from_llama(lora, shape)
     new_rank = len(next(tensor for name, tensor in lora.items() if ".lora_A." in name))
     values = {key: config[key] for key in ADAPTER_KEYS if key in config}
-    values |= {"r": new_rank, "lora_alpha": config["lora_alpha"] * new_rank / config["r"]}
+    values |= {"r": new_rank, "lora_alpha": config["lora_alpha"] * new_rank // config["r"]}
     values |= {
         "target_modules": sorted({name.split(".")[-3] for name in lora}),
         "base_model_name_or_path": record["base"],

@@ -266,6 +266,12 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> "PeftMode
     """base + adapter, the adapter unmerged. Raises UserError when it belongs to another base."""
     from peft import PeftModel
 
+    config = adapter / "adapter_config.json"
+    if config.is_file() and "wqkv" in config.read_text(encoding="utf-8"):
+        raise UserError(
+            f"The adapter in {adapter} is for InternLM2's own layout: convert it with 'python -m finetune.internlm2 {adapter} "
+            "NEW_FOLDER BASE' and use that folder."
+        )
     check_adapter(adapter, base)
     return PeftModel.from_pretrained(model, adapter).eval()
 

@@ -419,3 +419,182 @@ def test_a_model_of_another_kind_has_no_such_layout(tiny_model, tmp_path):
     (tmp_path / "llama" / "tokenizer.model").touch()
     with pytest.raises(UserError, match="was not made from an InternLM2 model"):
         internlm2.from_llama(tmp_path / "llama", tmp_path / "own")
+
+
+# ---------------------------------------------------------------------------------------------------------- adapters
+
+MODULES = ["attention.wqkv", "attention.wo", "feed_forward.w1", "feed_forward.w2", "feed_forward.w3"]
+IDS = torch.tensor([[1, 92543, 1404, 364, 77, 40_000, 92542, 9]])
+
+
+def xtuner_adapter(folder: Path, base: Path, rank: int = 4, **values) -> Path:
+    """As XTuner leaves it: on all linear layers and, because its head is called "output", on that; strong, in float16."""
+    matrices = {name.removesuffix(".weight"): weight for name, weight in weights(base).items()}
+    lora = {}
+    for name, weight in matrices.items():
+        if name.endswith((*MODULES, "output")):
+            lora[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, weight.shape[1]).half()
+            lora[f"base_model.model.{name}.lora_B.weight"] = (torch.randn(weight.shape[0], rank) * 0.05).half()
+    folder.mkdir()
+    save_file(lora, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config = {"alpha_pattern": {}, "auto_mapping": None, "base_model_name_or_path": "internlm/internlm2-chat-1_8b"}
+    config |= {"bias": "none", "fan_in_fan_out": False, "inference_mode": True, "init_lora_weights": True, "r": rank}
+    config |= {"layers_pattern": None, "layers_to_transform": None, "lora_alpha": 16, "lora_dropout": 0.1}
+    config |= {"modules_to_save": None, "peft_type": "LORA", "rank_pattern": {}, "revision": None}
+    config |= {"target_modules": ["w2", "w3", "wo", "output", "wqkv", "w1"], "task_type": "CAUSAL_LM"}
+    (folder / "adapter_config.json").write_text(json.dumps({**config, **values}))
+    return folder
+
+
+def added_in_its_own_layout(base: Path, adapter: Path, target: Path) -> Path:
+    """W + alpha / r * B A on InternLM2's own matrices, by hand; then the network of `to_llama`, which is proved above."""
+    link(base, target, *(file.name for file in base.glob("*.safetensors*")))
+    config, lora, merged = read_json(adapter / "adapter_config.json"), weights(adapter), weights(base)
+    for name in (name for name in lora if ".lora_A." in name):
+        matrix = name.removeprefix("base_model.model.").replace(".lora_A", "")
+        b, a = lora[name.replace("lora_A", "lora_B")].float(), lora[name].float()
+        merged[matrix] = merged[matrix] + config["lora_alpha"] / config["r"] * b @ a
+    save_file(merged, target / "model.safetensors")
+    (target / "llama").mkdir()
+    own = read_json(base / "config.json")
+    internlm2.weights_to_llama(target, target / "llama", own)
+    (target / "llama" / "config.json").write_text(json.dumps(internlm2.llama_config(own)))
+    return target / "llama"
+
+
+def logits(network) -> torch.Tensor:
+    with torch.inference_mode():
+        return network(IDS).logits
+
+
+def test_an_adapter_of_xtuners_is_read(internlm2_folder, internlm2_as_llama, tmp_path, monkeypatch):
+    monkeypatch.setattr(model, "inference_dtype", lambda: torch.float32)
+    theirs = xtuner_adapter(tmp_path / "theirs", internlm2_folder)
+    internlm2.convert_adapter(theirs, tmp_path / "ours", internlm2_as_llama)
+    base = AutoModelForCausalLM.from_pretrained(internlm2_as_llama).eval()
+    expected = logits(
+        AutoModelForCausalLM.from_pretrained(added_in_its_own_layout(internlm2_folder, theirs, tmp_path / "sum"))
+    )
+    assert (logits(base) - expected).abs().max() > 1
+    with pytest.raises(
+        UserError, match="is for InternLM2's own layout: convert it with 'python -m finetune.internlm2 "
+    ):
+        model.load_adapter(base, theirs, internlm2_as_llama)
+    tuned = model.load_adapter(base, tmp_path / "ours", internlm2_as_llama)
+    torch.testing.assert_close(logits(tuned), expected, rtol=0, atol=1e-4)
+    merged = model.load_merged(internlm2_as_llama, tmp_path / "ours")
+    torch.testing.assert_close(logits(merged), expected, rtol=0, atol=1e-4)
+    config = read_json(tmp_path / "ours" / "adapter_config.json")
+    assert config["target_modules"] == [
+        "down_proj",
+        "gate_proj",
+        "k_proj",
+        "lm_head",
+        "o_proj",
+        "q_proj",
+        "up_proj",
+        "v_proj",
+    ]
+    assert (config["r"], config["lora_alpha"], config["lora_dropout"]) == (4, 16, 0.1)
+    assert read_json(tmp_path / "ours" / model.ADAPTER_RECORD) == {
+        "base": "internlm2-tiny",
+        "base_sha256": model.fingerprint(internlm2_as_llama),
+    }
+
+    internlm2.convert_adapter(tmp_path / "ours", tmp_path / "back", internlm2_as_llama)
+    names = [folder / "adapter_model.safetensors" for folder in (theirs, tmp_path / "back")]
+    assert names[0].read_bytes() == names[1].read_bytes()
+    config = read_json(tmp_path / "back" / "adapter_config.json")
+    assert config["target_modules"] == ["output", "w1", "w2", "w3", "wo", "wqkv"]
+    assert config.keys() <= read_json(theirs / "adapter_config.json").keys()  # which their PEFT knows
+    assert (config["r"], config["lora_alpha"]) == (4, 16)
+
+
+@pytest.fixture
+def ours(internlm2_as_llama, tmp_path) -> Path:
+    """An adapter as a run leaves it, where q, k and v have an A each; strong."""
+    from finetune.train import save_adapter
+
+    torch.manual_seed(1)
+    tuned = model.add_lora(AutoModelForCausalLM.from_pretrained(internlm2_as_llama), 4)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    record = {"base": "internlm2-tiny", "base_sha256": model.fingerprint(internlm2_as_llama), "format_hash": "f"}
+    save_adapter(tuned, record, tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+def test_an_adapter_of_ours_is_written_for_xtuner(ours, internlm2_folder, internlm2_as_llama, tmp_path):
+    internlm2.convert_adapter(ours, tmp_path / "theirs", internlm2_as_llama)
+    tuned = model.load_adapter(AutoModelForCausalLM.from_pretrained(internlm2_as_llama), ours, internlm2_as_llama)
+    added = added_in_its_own_layout(internlm2_folder, tmp_path / "theirs", tmp_path / "sum")
+    torch.testing.assert_close(logits(AutoModelForCausalLM.from_pretrained(added)), logits(tuned), rtol=0, atol=1e-4)
+    config, lora = read_json(tmp_path / "theirs" / "adapter_config.json"), weights(tmp_path / "theirs")
+    assert config["target_modules"] == ["w1", "w2", "w3", "wo", "wqkv"]
+    assert (config["r"], config["lora_alpha"]) == (12, 24)
+    assert {tensor.shape["lora_B" in name] for name, tensor in lora.items()} == {12}  # LMDeploy reads one rank for all
+
+    internlm2.convert_adapter(tmp_path / "theirs", tmp_path / "back", internlm2_as_llama)
+    assert equal(weights(tmp_path / "back"), weights(ours))
+    config, old = (read_json(folder / "adapter_config.json") for folder in (tmp_path / "back", ours))
+    assert (config["r"], config["lora_alpha"]) == (old["r"], old["lora_alpha"]) == (4, 8)
+    assert read_json(tmp_path / "back" / model.ADAPTER_RECORD) == read_json(ours / model.ADAPTER_RECORD)
+
+
+def test_read_without_our_record_it_gives_the_same(ours, internlm2_as_llama, tmp_path):
+    """Somebody may have kept PEFT's two files alone."""
+    internlm2.convert_adapter(ours, tmp_path / "theirs", internlm2_as_llama)
+    (tmp_path / "theirs" / model.ADAPTER_RECORD).unlink()
+    internlm2.convert_adapter(tmp_path / "theirs", tmp_path / "back", internlm2_as_llama)
+    found = [
+        logits(
+            model.load_adapter(AutoModelForCausalLM.from_pretrained(internlm2_as_llama), adapter, internlm2_as_llama)
+        )
+        for adapter in (ours, tmp_path / "back")
+    ]
+    torch.testing.assert_close(*found, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "values, words",
+    [
+        ({"use_dora": True}, "is no plain LoRA (use_dora True)"),
+        ({"rank_pattern": {"wqkv": 8}, "bias": "all"}, "is no plain LoRA (rank_pattern {'wqkv': 8}, bias all)"),
+        ({"peft_type": "IA3"}, "is no plain LoRA (peft_type IA3)"),
+    ],
+)
+def test_an_adapter_of_another_kind_is_refused(internlm2_folder, internlm2_as_llama, tmp_path, values, words):
+    theirs = xtuner_adapter(tmp_path / "theirs", internlm2_folder, **values)
+    with pytest.raises(UserError) as caught:
+        internlm2.convert_adapter(theirs, tmp_path / "ours", internlm2_as_llama)
+    assert words in str(caught.value)
+    assert not (tmp_path / "ours").exists()
+
+
+def test_an_adapter_that_does_not_fit_the_base_is_refused(internlm2_as_llama, tmp_path):
+    other = xtuner_adapter(tmp_path / "theirs", DATA / "tiny_base")
+    with pytest.raises(UserError) as caught:
+        internlm2.convert_adapter(other, tmp_path / "ours", internlm2_as_llama)
+    assert str(caught.value).startswith(
+        f"The adapter in {other} does not fit {internlm2_as_llama}: "
+        "base_model.model.model.layers.0.attention.wo.lora_A.weight is [4, 64], the matrix [32, 32]; "
+    )
+    assert str(caught.value).endswith("Name the base it was made for.")
+
+
+def test_an_adapter_of_pickles_is_refused_and_the_command_told_converts_it(
+    internlm2_folder, internlm2_as_llama, tmp_path
+):
+    theirs = xtuner_adapter(tmp_path / "theirs", internlm2_folder)
+    file = theirs / "adapter_model.safetensors"
+    torch.save(load_file(file), theirs / "adapter_model.bin")  # what XTuner's PEFT wrote
+    expected = file.read_bytes()
+    file.unlink()
+    with pytest.raises(UserError, match=r"adapter_model\.bin can run code when loaded and is not read") as caught:
+        internlm2.convert_adapter(theirs, tmp_path / "ours", internlm2_as_llama)
+    command = str(caught.value).split("\n\n")[1].replace("python", sys.executable, 1)
+    subprocess.run(command, shell=True, check=True)
+    internlm2.convert_adapter(theirs, tmp_path / "ours", internlm2_as_llama)
+    internlm2.convert_adapter(tmp_path / "ours", tmp_path / "back", internlm2_as_llama)
+    assert (tmp_path / "back" / "adapter_model.safetensors").read_bytes() == expected
