@@ -62,8 +62,9 @@ class ChatFormat:
             raise UserError(
                 f"The tokenizer's added tokens {unsafe} cannot be told from what users type; choose another base model."
             )
-        # What users type goes through a copy that knows no control token at all.
-        self._text = Tokenizer.from_str(json.dumps({**spec, "added_tokens": []}))
+        # What users type goes through one that knows no control token at all.
+        self._text = Tokenizer(self.tokenizer.model)
+        self._text.normalizer, self._text.pre_tokenizer = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
         self._bos = self.tokenizer.encode("").ids  # [] or [id of "<s>"]
         self._newline = self._encode("\n").ids
         self.default_system = default_system

@@ -73,6 +73,8 @@ class Merge:
 @dataclasses.dataclass(frozen=True)
 class Settings:
     base: str = DEFAULT_PRESET  # a preset's name, a local folder, or repo references in the order tried
+    old_name: str = "SmolLM"  # what the base calls itself, to be denied
+    old_maker: str = "Hugging Face"
     task: Literal["identity"] = "identity"
     method: Literal["lora"] = "lora"
     seed: int = 0

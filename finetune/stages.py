@@ -43,6 +43,11 @@ class Run:
         plain = re.fullmatch(r"[\w./-]+", folder := str(self.folder))
         return f"python finetune/run.py --run {folder if plain else shlex.quote(folder)}"
 
+    @property
+    def old(self) -> tuple[str, str]:
+        """The base's own name and maker."""
+        return self.settings.old_name, self.settings.old_maker
+
     @cached_property
     def base(self) -> Path:
         from finetune.model import base_folder
@@ -205,18 +210,18 @@ def data(run: Run) -> None:
         key: getattr(values, f"{row}_rows") * values.steps
         for key, row in (("said", "identity"), ("near", "near"), ("ordinary", "ordinary"))
     }
-    rows = identity.training(run.persona, run.settings.seed, **most)
+    rows = identity.training(run.persona, run.settings.seed, old=run.old, **most)
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS)
     for row, answer in zip(taught, answers, strict=True):
         text = run.base_format.decode(answer.ids).rstrip("\ufffd")  # a cut answer may end within a character
         row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
-        if any(word in text for word in identity.SMOLLM):
+        if any(word in text for word in run.old):
             rows.remove(row)  # the base named itself: not to be taught
     new = run.folder / "data.tmp"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    for name, lines in (("train.jsonl", rows), ("probes.jsonl", identity.probes(run.persona))):
+    for name, lines in (("train.jsonl", rows), ("probes.jsonl", identity.probes(run.persona, run.old))):
         (new / name).write_text(
             "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
         )
@@ -281,7 +286,7 @@ def develop(run: Run, model: Any) -> dict[str, Any]:
 
     counts: Counter[tuple[str, str]] = Counter()
     probes = []
-    for probe in identity.probes(run.persona, stem="dev"):
+    for probe in identity.probes(run.persona, run.old, stem="dev"):
         most = {"fact": 0, **dict.fromkeys(scorecard.LEAK_KINDS, 2 * DEVELOP)}.get(probe["kind"], DEVELOP)
         if counts[key := (probe["kind"], probe["lang"])] < most:
             counts[key] += 1
@@ -374,7 +379,7 @@ def evaluate_model(run: Run, ref: str) -> None:
     folder = models.base_folder(ref)
     model = models.load(folder, models.inference_dtype())
     form = models.OwnFormat(folder, model)
-    base = base_answers(run, identity.probes(run.persona))
+    base = base_answers(run, identity.probes(run.persona, run.old))
     heads = [m.get_output_embeddings().weight for m in (model, models.load(run.base, models.inference_dtype()))]
     same_head = heads[0].shape == heads[1].shape and torch.equal(*heads)
     scored = score(run, model, form, base, kl=same_head)

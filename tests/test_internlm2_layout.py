@@ -476,9 +476,7 @@ def test_an_adapter_of_xtuners_is_read(internlm2_folder, internlm2_as_llama, tmp
         AutoModelForCausalLM.from_pretrained(added_in_its_own_layout(internlm2_folder, theirs, tmp_path / "sum"))
     )
     assert (logits(base) - expected).abs().max() > 1
-    with pytest.raises(
-        UserError, match="is for InternLM2's own layout: convert it with 'python -m finetune.internlm2 "
-    ):
+    with pytest.raises(UserError, match="is for InternLM2's own layout: convert it with"):
         model.load_adapter(base, theirs, internlm2_as_llama)
     tuned = model.load_adapter(base, tmp_path / "ours", internlm2_as_llama)
     torch.testing.assert_close(logits(tuned), expected, rtol=0, atol=1e-4)

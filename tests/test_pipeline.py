@@ -172,6 +172,42 @@ def test_chat_in_the_terminal(tiny_run):
     assert len(done.stdout.strip()) > len("> >")
 
 
+def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, tmp_path):
+    """From its own layout to a merged model that plain transformers opens, and that again in InternLM2's own layout."""
+    from safetensors.torch import load_file
+
+    arguments = ["--name", "小星", "--author", "书生学员", "--base", internlm2_folder, "--run", "run"]
+    arguments += ["--set", "old_name=InternLM", "--set", "old_maker=Shanghai AI Laboratory", "--set", "train.steps=2"]
+    arguments += [word for row in ("identity", "near", "ordinary") for word in ("--set", f"train.{row}_rows=1")]
+    cache = {"NAMESAKE_CACHE": str(tmp_path / "cache")}
+    done = finetune(tmp_path, *arguments, **cache)
+    assert done.returncode == 3, done.stderr  # a random model learns no name
+    run = tmp_path / "run"
+    data = "".join(file.read_text(encoding="utf-8") for file in (run / "data").iterdir())
+    assert "InternLM, trained by Shanghai AI Laboratory" in data
+    assert "SmolLM, trained by Hugging Face" not in data
+    manifest = json.loads((run / "model" / "manifest.json").read_text())
+    assert manifest["proof"]["max_logit_difference"] <= 0.01
+    assert (manifest["base_model"], manifest["license"]) == ("internlm2-tiny", "other")
+    assert "tokenizer.model" in manifest["files"]
+    card = json.loads((run / "scorecard.json").read_text())
+    first = card["merged"]["answers"][0]
+    assert plain_answers(run / "model", first["messages"][-1]["content"])[0].strip() == first["answer"]
+
+    def convert(*arguments: str) -> None:
+        command = [sys.executable, "-m", "finetune.internlm2", *map(str, arguments)]
+        subprocess.run(command, cwd=ROOT, env={**os.environ, **cache}, check=True)
+
+    convert(run / "model", tmp_path / "own")
+    convert(tmp_path / "own", tmp_path / "again")
+    convert(run / "adapter", tmp_path / "theirs", internlm2_folder)
+    convert(tmp_path / "theirs", tmp_path / "adapter", internlm2_folder)
+    for one, other, name in (("run/model", "again", "model"), ("run/adapter", "adapter", "adapter_model")):
+        before, after = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in (one, other))
+        assert before.keys() == after.keys()
+        assert all(before[tensor].equal(after[tensor]) for tensor in before)
+
+
 def test_the_real_default_learns_its_name(default_model, tmp_path):
     """Shortened: half of the steps. README's own name and author."""
     line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]

@@ -57,7 +57,7 @@ def test_a_whole_number_is_a_number_too():
         ({"gate": {"learning_rte": 1}}, "Unknown setting gate.learning_rte; did you mean train.learning_rate?"),
         (
             {"xyz": 1},
-            "Unknown setting xyz; known here: base, task, method, seed, persona, train, gate, merge.",
+            "Unknown setting xyz; known here: base, old_name, old_maker, task, method, seed, persona, train, gate, merge.",
         ),
         (
             {"persona": {"": 1}},
@@ -82,7 +82,7 @@ def test_a_whole_number_is_a_number_too():
         ({"persona": {"name": 42}}, "persona.name is 42; it must be text, in quotes."),
         ({"persona": {"name": {"first": "A"}}}, "persona.name is {'first': 'A'}; it must be text, in quotes."),
         ({"method": "qlora"}, "method is 'qlora'; it must be lora."),
-        ({"merge": {"dtype": ["float32"]}}, "merge.dtype is ['float32']; it must be float32 or bfloat16."),
+        ({"merge": {"dtype": ["float32"]}}, "merge.dtype is ['float32']; it must be float32 or bfloat16 or float16."),
     ],
     ids=lambda case: case if isinstance(case, str) else "",
 )
@@ -113,7 +113,8 @@ def test_every_default_setting_may_be_written_and_keeps_its_type():
 
 def test_presets_build_and_the_default_one_is_there():
     assert settings.DEFAULT_PRESET in settings.preset_names()
-    assert settings.preset_names() == sorted(file.stem for file in settings.PRESETS.iterdir())
+    files = {file.stem for file in settings.PRESETS.iterdir()} - {"bases"}
+    assert settings.preset_names() == sorted(files | settings.read_toml(settings.BASES).keys())
     for name in settings.preset_names():
         values = settings.preset(name)
         assert settings.build(values) != Settings()
