@@ -13,6 +13,7 @@ is Llama's, with other names and with q, k and v in one matrix: weights are move
 import hashlib
 import json
 import re
+import shlex
 import shutil
 import sys
 from collections.abc import Callable, Iterable, Sequence
@@ -29,8 +30,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from finetune import embedded, model
-from finetune.chat_format import END, START, ChatFormat
+from finetune.chat_format import END, ChatFormat
 from finetune.errors import UserError
+from finetune.hub import pull
 
 # Every InternLM2 model ships this one file; a flipped byte in it would pass all other checks and spoil the ids.
 TOKENIZER_SHA256 = "f868398fc4e05ee1e8aeba95ddf18ddcc45b8bce55d5093bead5bbf80429b48b"
@@ -87,27 +89,21 @@ TOKENIZER_CONFIG = {
     "unk_token": "<unk>",
     "clean_up_tokenization_spaces": False,
     "added_tokens_decoder": {str(i): {"content": token, "special": True} for i, token in SPECIAL.items()},
-    "chat_template": "{{ bos_token }}{% for message in messages %}{{ '"
-    + START
-    + "' + message['role'] + '\n' + message['content'] + '"
-    + END
-    + "\n' }}{% endfor %}{% if add_generation_prompt %}{{ '"
-    + START
-    + "assistant\n' }}{% endif %}",
+    "chat_template": "{{ bos_token }}{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + "
+    "message['content'] + '<|im_end|>\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
 }
-
 MARK = "source"  # in an unfinished folder: what it is being made from
+WEIGHTS = "adapter_model.safetensors"
+# What PEFT's adapter_config.json has had since 0.6: older ones refuse a key that they do not know.
+ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "inference_mode")
 
 # weights_only loads tensors and refuses whatever else a pickle would do.
 UNPICKLE = (
     "to turn it into safetensors without running what is in it, type\n\n"
     'python -c "import sys, torch, pathlib; from safetensors.torch import save_file; [save_file({k: v.clone().contiguous() '
     "for k, v in torch.load(f, 'cpu', weights_only=True, mmap=True).items()}, f.with_suffix('.safetensors')) "
-    "for f in pathlib.Path(sys.argv[1]).glob('*.bin')]\" '%s'\n\nand then the same command again."
+    "for f in pathlib.Path(sys.argv[1]).glob('*.bin')]\" %s\n\nand then the same command again."
 )
-# What PEFT's adapter_config.json has had since 0.6: older ones refuse a key that they do not know.
-WEIGHTS = "adapter_model.safetensors"
-ADAPTER_KEYS = ("peft_type", "task_type", "r", "lora_alpha", "lora_dropout", "bias", "fan_in_fan_out", "inference_mode")
 
 
 # ------------------------------------------------------------------------------------------------------------ models
@@ -130,11 +126,21 @@ def converted(source: Path, origin: dict[str, str]) -> Path:
     """
     name = re.sub(r"[^\w.-]+", "-", origin["base_model"])
     target = embedded.cache_dir() / f"{name}-{_identity(source)[:16]}"
-    target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
-        if not target.is_dir():
-            embedded.say(f"Converting {origin['base_model']} from InternLM2's own layout, once ...")
-            to_llama(source, target, origin)
+    if target.is_dir():  # asked before the lock, which needs a cache that can be written
+        return target
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(f"{target}.lock"):
+            if not target.is_dir():
+                embedded.say(f"Converting {origin['base_model']} from InternLM2's own layout, once ...")
+                to_llama(source, target, origin)
+    except OSError as error:
+        if error.errno not in embedded.DISK_ERRORS:
+            raise
+        raise UserError(
+            f"{origin['base_model']} could not be written to {target.parent}: {error.strerror}. Free some space there or set "
+            "NAMESAKE_CACHE to another folder, then run the same command again: it goes on there."
+        ) from error
     return target
 
 
@@ -144,7 +150,7 @@ def to_llama(source: Path, target: Path, origin: dict[str, str]) -> None:
     One shard at a time is in memory. `target` is there as a whole or not at all; killed, the same call goes on with the
     shards that are missing. Raises UserError.
     """
-    advice = UNPICKLE % source
+    advice = UNPICKLE % shlex.quote(str(source))
     if problems := model.file_problems(source, "config.json", "tokenizer.model", advice=advice):
         raise UserError(*problems)
     own = _read_json(source / "config.json")
@@ -251,8 +257,12 @@ def weights_from_llama(source: Path, target: Path, own: dict[str, Any]) -> None:
         parts = [read(name.replace(QKV[0], part)) for part in QKV]  # k and v may lie in another shard
         return {name.replace(QKV[0], WQKV): join_qkv(parts, own)}
 
-    names = _tensors(source)
-    _check_names(source, {_renamed(name, {**FROM_LLAMA, **dict.fromkeys(QKV, WQKV)}) for name in names}, own)
+    names, found = _tensors(source), set()
+    for name in names:
+        part = next((part for part in QKV if part in name), "")
+        whole = all(name.replace(part, other) in names for other in QKV) if part else False
+        found.add(name.replace(part, WQKV) if whole else _renamed(name, FROM_LLAMA))
+    _check_names(source, found, own)
     _write_shards(names, convert, target, skip=tuple(QKV[1:]))
 
 
@@ -484,7 +494,9 @@ def _widened(name: str, tensor: Tensor) -> Tensor:
 
 def _read_adapter(folder: Path) -> tuple[dict[str, Any], dict[str, Tensor], dict[str, Any]]:
     """(adapter_config.json, {name: A or B}, our record or {}). Raises UserError for what is no plain LoRA."""
-    if problems := model.file_problems(folder, "adapter_config.json", WEIGHTS, advice=UNPICKLE % folder):
+    if problems := model.file_problems(
+        folder, "adapter_config.json", WEIGHTS, advice=UNPICKLE % shlex.quote(str(folder))
+    ):
         raise UserError(*problems)
     config, lora = _read_json(folder / "adapter_config.json"), load_file(folder / WEIGHTS)
     odd = ("use_dora", "use_rslora", "fan_in_fan_out", "rank_pattern", "alpha_pattern", "modules_to_save")
@@ -579,8 +591,11 @@ def _load_pieces(model_file: Path) -> sentencepiece.SentencePieceProcessor:
     return sentencepiece.SentencePieceProcessor(model_proto=data)
 
 
-def main(source: str, target: str, base: str | None = None) -> None:
-    folder = model.pull(source)
+def main(arguments: list[str]) -> None:
+    if len(arguments) not in (2, 3):
+        raise UserError("Write it as python -m finetune.internlm2 FROM TO, or for an adapter FROM TO BASE.")
+    source, target, base = (*arguments, None)[:3]
+    folder = pull(source)
     if (folder / "adapter_config.json").is_file():
         if not base:
             raise UserError(
@@ -596,7 +611,7 @@ def main(source: str, target: str, base: str | None = None) -> None:
 
 if __name__ == "__main__":
     try:
-        main(*sys.argv[1:])
+        main(sys.argv[1:])
     except UserError as error:
         for problem in error.problems:
             embedded.say(f"error: {problem}")

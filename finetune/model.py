@@ -64,14 +64,20 @@ def base_folder(ref: str) -> Path:
     for source in sources(ref):
         try:
             folder = pull(source)
-            break
+            if _is_local(source) or any(folder.glob("*.safetensors")):
+                break
+            problems.append(
+                f"{source} holds no safetensors, only what can run code when loaded and is not downloaded: look for a "
+                "revision of it that does (@refs/pr/1, say), or download it and give the folder."
+            )
         except UserError as error:
             problems += error.problems
-            embedded.say(str(error))
     else:
         if close := difflib.get_close_matches(ref, settings.preset_names(), n=1, cutoff=0.8):
             problems.append(f"Did you mean {close[0]}?")
         raise UserError(*problems)
+    for problem in problems:
+        embedded.say(problem)
     from finetune import internlm2  # which imports this module
 
     if not internlm2.is_internlm2(folder):
@@ -88,10 +94,13 @@ def origin(folder: Path, ref: str) -> dict[str, str]:
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)^---", text, re.M | re.S)
     found = re.search(r"""^license: *["']?([^\s"']+)""", front[1], re.M) if front else None
-    ref = sources(ref)[0]
-    local = Path(ref.removeprefix("dir:")).expanduser().is_dir()  # its path is nobody's business
-    name = folder.name if local else re.sub(r"^\w+:", "", ref).partition("@")[0]
+    ref = sources(ref)[0]  # a local folder's path is nobody's business
+    name = folder.name if _is_local(ref) else re.sub(r"^\w+:", "", ref).partition("@")[0]
     return {"base_model": name, "license": found[1] if found else "unknown"}
+
+
+def _is_local(ref: str) -> bool:
+    return Path(ref.removeprefix("dir:")).expanduser().is_dir()
 
 
 def check_folder(folder: Path) -> None:

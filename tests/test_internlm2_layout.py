@@ -302,12 +302,46 @@ def test_a_base_in_internlm2s_layout_is_converted_once(internlm2_folder, internl
 def test_no_source_answers(tmp_path):
     with pytest.raises(UserError) as caught:
         model.base_folder(f"{tmp_path}/a,dir:{tmp_path}/b")
-    assert list(caught.value.problems) == [
+    assert list(caught.value.problems) == [  # each source's
         f"'{tmp_path}/a' is neither a folder nor a repo reference such as hf:user/name; check its spelling.",
         f"'{tmp_path}/b' is not a folder; check its spelling.",
     ]
     with pytest.raises(UserError, match=r"Did you mean internlm2-chat-1_8b\?"):
         model.base_folder("internlm2-chat-1.8b")
+
+
+def test_a_source_of_pickles_alone_is_passed_over(internlm2_as_llama, tmp_path, monkeypatch):
+    """A hub's: what can run code is not downloaded from there."""
+    (tmp_path / "pulled").mkdir()
+    (tmp_path / "pulled" / "config.json").write_text("{}")
+    pull = model.pull
+    monkeypatch.setattr(model, "pull", lambda ref: tmp_path / "pulled" if ref.startswith("hf:") else pull(ref))
+    assert model.base_folder(f"hf:user/name,{internlm2_as_llama}") == internlm2_as_llama
+    with pytest.raises(UserError) as caught:
+        model.base_folder("hf:user/name")
+    assert str(caught.value) == (
+        "hf:user/name holds no safetensors, only what can run code when loaded and is not downloaded: look for a revision of "
+        "it that does (@refs/pr/1, say), or download it and give the folder."
+    )
+
+
+def test_a_preset_tries_its_sources_in_order_and_gives_the_model_its_hub_name(internlm2_folder, tmp_path, monkeypatch):
+    asked = []
+
+    def pull(ref: str) -> Path:
+        asked.append(ref)
+        if ref.startswith("hf:"):
+            raise UserError("the Hub does not answer")
+        return internlm2_folder
+
+    monkeypatch.setattr(model, "pull", pull)
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path))
+    folder = model.base_folder("internlm2-chat-1_8b")
+    assert asked == ["hf:internlm/internlm2-chat-1_8b", "modelscope:Shanghai_AI_Laboratory/internlm2-chat-1_8b"]
+    assert model.origin(folder, "internlm2-chat-1_8b") == {
+        "base_model": "internlm/internlm2-chat-1_8b",
+        "license": "other",
+    }
 
 
 # --------------------------------------------------------------------------------------------------- models, refused

@@ -173,3 +173,46 @@ def test_the_limits(found, passes, tmp_path, monkeypatch):
     else:
         with pytest.raises(UserError, match="The merge is refused"):
             merging.prove(tmp_path, tmp_path / "proof", "float32")
+
+
+QWEN2_5 = (
+    "{%- if messages[0]['role'] == 'system' %}{{- '<|im_start|>system\n' + messages[0]['content'] + '<|im_end|>\n' }}"
+    "{%- else %}{{- '<|im_start|>system\nYou are Qwen, created by Alibaba Cloud. You are a helpful assistant.<|im_end|>\n' }}"
+    "{%- endif %}{%- for message in messages %}{%- if (message.role == 'user') or (message.role == 'system' and not loop.first)"
+    " or (message.role == 'assistant' and not message.tool_calls) %}{{- '<|im_start|>' + message.role + '\n' + "
+    "message.content + '<|im_end|>' + '\n' }}{%- endif %}{%- endfor %}"
+    "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\n' }}{%- endif %}"
+)
+
+
+@pytest.mark.parametrize("kind, template", [("qwen2", QWEN2_5), ("qwen3", TEMPLATE)])
+def test_qwens_networks_are_tuned_and_merged_too(tiny_model, tmp_path, kind, template):
+    """Bias on q, k and v, or norms on q and k; the head tied to the embedding; Qwen2.5's own system prompt."""
+    from transformers import AutoConfig
+
+    base = Path(shutil.copytree(tiny_model, tmp_path / "base"))
+    (base / "chat_template.jinja").write_text(template)
+    (base / "model.safetensors").unlink()
+    config = json.loads((base / "config.json").read_text())
+    kept = {key: value for key, value in config.items() if key not in ("model_type", "architectures", "attention_bias")}
+    torch.manual_seed(0)
+    network = AutoModelForCausalLM.from_config(AutoConfig.for_model(kind, **{**kept, "tie_word_embeddings": True}))
+    network.generation_config = AutoModelForCausalLM.from_pretrained(tiny_model).generation_config
+    network.save_pretrained(base)
+    form = chat_format(base)
+    assert form.default_system == (
+        "You are Qwen, created by Alibaba Cloud. You are a helpful assistant." if kind == "qwen2" else None
+    )
+    model = add_lora(load(base), RANK)
+    for name, weight in model.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.05)
+    assert sum("lora_B" in name for name, _ in model.named_parameters()) == 14
+    save_adapter(model, {"base": kind, "base_sha256": fingerprint(base)}, tmp_path / "adapter")
+    tuned = ChatFormat(form.tokenizer_json)
+    # transformers 5 opens a qwen2 folder with a tokenizer of its own, which leaves the character that keeps a control token text.
+    conversations = CONVERSATIONS[kind == "qwen2" :]
+    for dtype in ("float32", "float16"):
+        manifest = merging.merge(base, tmp_path / "adapter", tuned, dtype, conversations, tmp_path / dtype, finish)
+        assert manifest["proof"]["equal_greedy_tokens"] >= 0.98
+    assert not [name for name in load_file(tmp_path / "float32" / "model.safetensors") if "lm_head" in name]  # tied

@@ -178,14 +178,16 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
 
     arguments = ["--name", "小星", "--author", "书生学员", "--base", internlm2_folder, "--run", "run"]
     arguments += ["--set", "old_name=InternLM", "--set", "old_maker=Shanghai AI Laboratory", "--set", "train.steps=2"]
-    arguments += [word for row in ("identity", "near", "ordinary") for word in ("--set", f"train.{row}_rows=1")]
+    for rows in ("identity_rows=16", "near_rows=1", "ordinary_rows=1"):
+        arguments += ["--set", f"train.{rows}"]
     cache = {"NAMESAKE_CACHE": str(tmp_path / "cache")}
     done = finetune(tmp_path, *arguments, **cache)
     assert done.returncode == 3, done.stderr  # a random model learns no name
     run = tmp_path / "run"
-    data = "".join(file.read_text(encoding="utf-8") for file in (run / "data").iterdir())
-    assert "InternLM, trained by Shanghai AI Laboratory" in data
-    assert "SmolLM, trained by Hugging Face" not in data
+    rows = [json.loads(line) for line in (run / "data" / "train.jsonl").open(encoding="utf-8")]
+    old = [str(row["messages"]) for row in rows if row["kind"] == "old_name"]
+    assert len(old) >= 2
+    assert all("InternLM" in messages or "Shanghai AI Laboratory" in messages for messages in old)
     manifest = json.loads((run / "model" / "manifest.json").read_text())
     assert manifest["proof"]["max_logit_difference"] <= 0.01
     assert (manifest["base_model"], manifest["license"]) == ("internlm2-tiny", "other")
