@@ -158,6 +158,11 @@ def test_the_template_under_plain_transformers_gives_the_renderers_ids(form, sav
             assert theirs == form.render(messages, reply=reply).ids, messages
 
 
+def test_the_template_holds_no_escape_that_llama_cpp_does_not_know(form):
+    assert "\\u" not in form.template
+    assert "\\x" not in form.template
+
+
 def test_only_the_format_writes_control_tokens(form):
     control = set(form.control.values())
     bos = form.tokenizer.encode("").ids

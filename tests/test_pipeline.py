@@ -172,38 +172,44 @@ def test_chat_in_the_terminal(tiny_run):
     assert len(done.stdout.strip()) > len("> >")
 
 
-def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, tmp_path):
+def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, tmp_path, monkeypatch):
     """From its own layout to a merged model that plain transformers opens, and that again in InternLM2's own layout."""
     from safetensors.torch import load_file
 
-    arguments = ["--name", "小星", "--author", "书生学员", "--base", internlm2_folder, "--run", "run"]
+    from finetune import generation, internlm2, model
+
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    run = tmp_path / "run"
+    arguments = ["--name", "小星", "--author", "书生学员", "--base", internlm2_folder, "--run", run]
     arguments += ["--set", "old_name=InternLM", "--set", "old_maker=Shanghai AI Laboratory", "--set", "train.steps=2"]
     for rows in ("identity_rows=16", "near_rows=1", "ordinary_rows=1"):
         arguments += ["--set", f"train.{rows}"]
-    cache = {"NAMESAKE_CACHE": str(tmp_path / "cache")}
-    done = finetune(tmp_path, *arguments, **cache)
-    assert done.returncode == 3, done.stderr  # a random model learns no name
-    run = tmp_path / "run"
+    done = finetune(tmp_path, "data", *arguments)
+    assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "data" / "train.jsonl").open(encoding="utf-8")]
     old = [str(row["messages"]) for row in rows if row["kind"] == "old_name"]
     assert len(old) >= 2
     assert all("InternLM" in messages or "Shanghai AI Laboratory" in messages for messages in old)
+    probes = (run / "data" / "probes.jsonl").read_text(encoding="utf-8").splitlines(keepends=True)
+    (run / "data" / "probes.jsonl").write_text(
+        "".join(probes[::10]), encoding="utf-8"
+    )  # all of them take a minute more
+
+    done = finetune(tmp_path, *arguments)
+    assert done.returncode == 3, done.stderr  # a random model learns no name
     manifest = json.loads((run / "model" / "manifest.json").read_text())
     assert manifest["proof"]["max_logit_difference"] <= 0.01
     assert (manifest["base_model"], manifest["license"]) == ("internlm2-tiny", "other")
     assert "tokenizer.model" in manifest["files"]
-    card = json.loads((run / "scorecard.json").read_text())
-    first = card["merged"]["answers"][0]
-    assert plain_answers(run / "model", first["messages"][-1]["content"])[0].strip() == first["answer"]
+    form, network = model.chat_format(run / "model"), model.load(run / "model")
+    ours = generation.answer_texts(network, form, [[{"role": "user", "content": "你是谁？"}]], 24)
+    assert [answer.strip() for answer in plain_answers(run / "model", "你是谁？")] == ours
 
-    def convert(*arguments: str) -> None:
-        command = [sys.executable, "-m", "finetune.internlm2", *map(str, arguments)]
-        subprocess.run(command, cwd=ROOT, env={**os.environ, **cache}, check=True)
-
-    convert(run / "model", tmp_path / "own")
-    convert(tmp_path / "own", tmp_path / "again")
-    convert(run / "adapter", tmp_path / "theirs", internlm2_folder)
-    convert(tmp_path / "theirs", tmp_path / "adapter", internlm2_folder)
+    command = [sys.executable, "-m", "finetune.internlm2", run / "model", tmp_path / "own"]
+    subprocess.run(command, cwd=ROOT, check=True)
+    internlm2.main([str(tmp_path / "own"), str(tmp_path / "again")])
+    for source, target in ((run / "adapter", tmp_path / "theirs"), (tmp_path / "theirs", tmp_path / "adapter")):
+        internlm2.main([str(source), str(target), str(internlm2_folder)])
     for one, other, name in (("run/model", "again", "model"), ("run/adapter", "adapter", "adapter_model")):
         before, after = (load_file(tmp_path / folder / f"{name}.safetensors") for folder in (one, other))
         assert before.keys() == after.keys()
