@@ -346,12 +346,14 @@ def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | 
         "model_input_names": ["input_ids", "attention_mask"],  # 4.x else adds token_type_ids, which generate refuses
         "eos_token": END,
         "pad_token": END,
-        # For llama.cpp, which reads a tokenizer.model beside it and there finds no control tokens.
-        "add_prefix_space": False,
-        "added_tokens_decoder": {
-            i: {"content": token.content, "special": token.special, "normalized": False}
-            for i, token in form.tokenizer.get_added_tokens_decoder().items()
-        },
         "chat_template": template or form.template,
     }
+    if (
+        not form.tokenizer.pre_tokenizer
+    ):  # sentencepiece's: llama.cpp reads tokenizer.model, which has no control tokens
+        added = {i: token.content for i, token in form.tokenizer.get_added_tokens_decoder().items()}
+        tokenizer["added_tokens_decoder"] = {
+            i: {"content": content, "special": True, "normalized": False} for i, content in added.items()
+        }
+        tokenizer["add_prefix_space"] = False
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")

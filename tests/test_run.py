@@ -151,7 +151,7 @@ def test_all_problems_are_told_at_once(start, world, tiny_model):
         "error: task is 'poetry'; it must be identity.",
         "error: seed is -3; it must be at least 0.",
         "error: Unknown setting train.stpes; did you mean train.steps?",
-        "error: merge.dtype is 'int4'; it must be float32 or bfloat16.",
+        "error: merge.dtype is 'int4'; it must be float32 or bfloat16 or float16.",
         "error: The name '***' is nothing but punctuation: use at least one letter, digit or emoji.",
         "error: The author ' x' begins or ends with a space: remove it.",
     ]
