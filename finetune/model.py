@@ -351,9 +351,8 @@ def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | 
     if (
         not form.tokenizer.pre_tokenizer
     ):  # sentencepiece's: llama.cpp reads tokenizer.model, which has no control tokens
-        added = {i: token.content for i, token in form.tokenizer.get_added_tokens_decoder().items()}
-        tokenizer["added_tokens_decoder"] = {
-            i: {"content": content, "special": True, "normalized": False} for i, content in added.items()
-        }
         tokenizer["add_prefix_space"] = False
+        tokenizer["added_tokens_decoder"] = {
+            i: {"content": content, "special": True, "normalized": False} for content, i in form.control.items()
+        }
     (folder / "tokenizer_config.json").write_text(json.dumps(tokenizer, ensure_ascii=False, indent=1), encoding="utf-8")
