@@ -350,7 +350,7 @@ def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | 
     }
     if (
         not form.tokenizer.pre_tokenizer
-    ):  # sentencepiece's: llama.cpp reads tokenizer.model, which has no control tokens
+    ):  # sentencepiece's: llama.cpp reads tokenizer.model, which names no control token
         tokenizer["add_prefix_space"] = False
         tokenizer["added_tokens_decoder"] = {
             i: {"content": content, "special": True, "normalized": False} for content, i in form.control.items()
