@@ -348,9 +348,8 @@ def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | 
         "pad_token": END,
         "chat_template": template or form.template,
     }
-    if (
-        not form.tokenizer.pre_tokenizer
-    ):  # sentencepiece's: llama.cpp reads tokenizer.model, which names no control token
+    if not form.tokenizer.pre_tokenizer:  # sentencepiece's
+        # llama.cpp reads the tokenizer.model beside it, which names no control token.
         tokenizer["add_prefix_space"] = False
         tokenizer["added_tokens_decoder"] = {
             i: {"content": content, "special": True, "normalized": False} for content, i in form.control.items()
