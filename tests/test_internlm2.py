@@ -398,6 +398,25 @@ def test_a_base_in_internlm2s_layout_is_converted_once(internlm2_folder, internl
     assert model.base_folder(str(changed)) != folder
 
 
+def test_a_cache_that_cannot_be_written_is_told(internlm2_folder, tmp_path, monkeypatch):
+    (tmp_path / "file").touch()
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(UserError) as caught:
+        model.base_folder(str(internlm2_folder))
+    assert str(caught.value) == (
+        f"internlm2-tiny could not be written to {tmp_path}/file/cache: Not a directory. Free some space there or set "
+        "NAMESAKE_CACHE to another folder, then run the same command again: it goes on there."
+    )
+
+
+def test_what_the_command_wants_is_told(internlm2_folder, tmp_path):
+    for arguments in ([], ["a"], ["a", "b", "c", "d"]):
+        with pytest.raises(UserError, match=r"Write it as python -m finetune\.internlm2 FROM TO"):
+            internlm2.main(arguments)
+    with pytest.raises(UserError, match="is there already; choose another folder"):
+        internlm2.main([str(internlm2_folder), str(tmp_path)])
+
+
 def test_no_source_answers(tmp_path):
     with pytest.raises(UserError) as caught:
         model.base_folder(f"{tmp_path}/a,dir:{tmp_path}/b")
