@@ -281,8 +281,8 @@ def greet(remote: Remote, service: str) -> bool:
 
 def _refs(remote: Remote) -> dict[str, str]:
     """Branches, tags and HEAD with their commits."""
-    work = lambda: git(remote, "ls-remote", "--", remote.url).decode(errors="replace")  # noqa: E731
-    text = transfer.patiently(work, f"{remote.place.ref} at {plain(remote.url)}")
+    ask = ("ls-remote", "--", remote.url)
+    text = transfer.patiently(lambda: git(remote, *ask), f"{remote.place.ref} at {plain(remote.url)}").decode()
     found = {}
     for line in text.splitlines():
         commit, _, name = line.partition("\t")
@@ -304,10 +304,8 @@ def _fetch(remote: Remote, commit: str) -> None:
         return
     except UserError:
         pass
-    work = lambda: git(
-        remote, "fetch", "--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head", "--", remote.url, commit
-    )
-    transfer.patiently(work, f"{remote.place.ref} at {plain(remote.url)}")
+    fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head", "--", remote.url, commit)
+    transfer.patiently(lambda: git(remote, *fetch), f"{remote.place.ref} at {plain(remote.url)}")
 
 
 def listing(place: "Place", *, default: bool = False) -> Listing | None:

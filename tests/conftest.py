@@ -1,5 +1,8 @@
 """What several test files share: a tiny model that is made here, in a second, the same in each session."""
 
+import json
+import os
+import re
 from pathlib import Path
 
 import pytest
@@ -55,3 +58,43 @@ def default_model() -> Path:
     from finetune import embedded
 
     return embedded.folder()
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> Path:
+    """A home, a cache and git settings of this test's own, no token, no proxy, short waits."""
+    for name in list(os.environ):
+        if re.match(r"(HF_|HUGGING|OPENXLAB|MODELSCOPE|GIT_|XDG_|SSH_|NAMESAKE|HTTPS?_PROXY|ALL_PROXY|https?_proxy)", name):
+            monkeypatch.delenv(name)
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    from finetune import transfer
+
+    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(transfer, "_secrets", set())
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def package(tiny_model):
+    """What a publish sends: the tiny model with a manifest, as name -> Source."""
+    from finetune import embedded, transfer
+
+    files = {f.name: transfer.Source(f, f.stat().st_size, embedded.sha256(f)) for f in tiny_model.iterdir()}
+    files["README.md"] = transfer.source("---\nlicense: mit\n---\n# 小星\n".encode())
+    return with_manifest(files)
+
+
+def with_manifest(files: dict, **more) -> dict:
+    from finetune import transfer
+
+    manifest = {
+        "name": "小星",
+        "format_hash": "0" * 64,
+        "files": {n: {"size": s.size, "sha256": s.sha256} for n, s in files.items()},
+        **more,
+    }
+    return {**files, "manifest.json": transfer.source(json.dumps(manifest).encode())}

@@ -317,7 +317,7 @@ class HubHandler(Handler):
         hub.seen.append((self.command, self.path, authorization))
         if any(rule(self) for rule in list(hub.rules)):
             return None
-        path, _, query = self.path.partition("?")
+        path = self.path.partition("?")[0]
         parts = unquote(path).strip("/").split("/")
         if parts[0] == "lfs-blob":
             return self.send_file(hub.blob(parts[1])) if self.command != "PUT" else self.put_blob(parts[1])
