@@ -210,6 +210,8 @@ def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
                 f"{place.ref}: {plain(lines[0] if lines else status)}. {hints.get(status, '')}".strip()
             ) from None
         except (HTTPError, OSError) as error:  # HTTPError is also a cut connection's
+            if "xet-write-token" in str(error) and "404" in str(error):
+                raise UserError(f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1.") from None
             raise Passing(f"{type(error).__name__}: {transfer.reason_of(error)}") from None
 
     return transfer.patiently(attempt, f"{place.ref} at {_hub_endpoint()}")
@@ -266,11 +268,11 @@ def _send_to_hub(place: Place, files: dict[str, Source], remove: list[str], mess
 
     if not get_token():
         raise UserError(f"{place.ref}: there is no token. {HUB_TOKEN}")
-    changes: list[Any] = [
+    added = [
         CommitOperationAdd(name, source.data if isinstance(source.data, bytes) else str(source.data))
         for name, source in files.items()
     ]
-    changes += [CommitOperationDelete(name) for name in remove]
+    changes = [*added, *(CommitOperationDelete(name) for name in remove)]
 
     def work(api: Any) -> None:
         api.create_repo(place.name, exist_ok=True)
@@ -283,9 +285,13 @@ def _send_to_hub(place: Place, files: dict[str, Source], remove: list[str], mess
                 raise UserError(gitlfs.TAG_IS_THERE.format(place.ref, place.revision))
             else:
                 tag = place.revision
-        revision = (
-            api.create_commit(place.name, changes, commit_message=message, revision=branch).oid if changes else branch
-        )
+        api.preupload_lfs_files(place.name, added, revision=branch)  # nothing is to be seen of them yet
+        for file in added:
+            if file.upload_info.is_hashed and file.upload_info.sha256.hex() != files[file.path_in_repo].sha256:
+                raise UserError(transfer.HAS_CHANGED.format(files[file.path_in_repo].data))
+        revision = branch
+        if changes:
+            revision = api.create_commit(place.name, changes, commit_message=message, revision=branch).oid
         if tag:
             api.create_tag(place.name, tag=tag, revision=revision)
 

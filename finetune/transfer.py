@@ -37,6 +37,8 @@ CUT = (
 Progress = Callable[[int], object]  # bytes that arrived or left; negative where they must be sent anew
 Opened = tuple[int, Iterator[bytes]]  # the offset that the bytes really begin at, and they
 
+HAS_CHANGED = "{} has changed since it was made: make the run's model again before publishing."
+
 _secrets: set[str] = set()
 
 
@@ -357,8 +359,6 @@ def put(
         if response.status_code not in (200, 201, 204):
             raise UserError(f"{where}: the server refuses the file, HTTP {response.status_code} {said}.")
         if (body.sent, body.hash.hexdigest()) != (source.size, source.sha256):
-            raise UserError(
-                f"{source.data} has changed since it was made: make the run's model again before publishing."
-            )
+            raise UserError(HAS_CHANGED.format(source.data))
 
     patiently(attempt, where)

@@ -356,6 +356,8 @@ class HubHandler(Handler):
             tag = json.loads(self.body())["tag"]
             hub.tags[repo][tag] = hub.files(repo, "/".join(parts[5:]))[0]
             return self.answer({})
+        if what.startswith("xet-"):
+            return self.answer(b"{}", 404, X_Error_Message="This hub has no Xet")
         revision = parts[5] if parts[0] == "api" and len(parts) > 5 else parts[3] if parts[0] != "api" else "main"
         if (found := hub.files(repo, revision)) is None:
             self.body()
