@@ -406,6 +406,11 @@ def verify(folder: Path) -> int:
 # -------------------------------------------------------------------------------------------------------------- publish
 
 
+def target(ref: str) -> Place:
+    """Where to publish to; a path that is there is that folder. Raises UserError."""
+    return Place("dir", ref.removeprefix("dir:"), None, ref) if _local(ref) else places.parse(ref)
+
+
 class Changes(NamedTuple):
     """What publishing would do."""
 
@@ -419,10 +424,7 @@ def changes(ref: str, files: dict[str, Source]) -> Changes:
     """Compares `files` with the place's record. Raises Unreachable, and UserError for files of strangers there that `pull`
     would refuse."""
     check_names("What is to be published", files)
-    if ref.startswith(("dir:", "/", "./", "../", "~")) or _local(ref):
-        place = Place("dir", ref.removeprefix("dir:"), None, ref)
-    else:
-        place = places.parse(ref)
+    place = target(ref)
     if place.kind != "dir" and _offline():
         raise UserError(
             f"{ref}: offline mode is on (HF_HUB_OFFLINE or NAMESAKE_OFFLINE); publishing needs the network."

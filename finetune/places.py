@@ -48,8 +48,8 @@ def parse(ref: str) -> Place:
     kind, colon, rest = ref.partition(":")
     if ref.startswith("git+"):
         return _git(ref)
-    if colon and kind == "dir":
-        return Place("dir", rest, None, ref)
+    if (colon and kind == "dir") or ref.startswith(("/", "./", "../", "~")):
+        return Place("dir", ref.removeprefix("dir:"), None, ref)
     if not (colon and kind in ("hf", *HUBS)):
         kind, rest = "hf", ref
     if not (found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest, re.A)) or ".." in ref:
@@ -211,7 +211,9 @@ def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
             ) from None
         except (HTTPError, OSError) as error:  # HTTPError is also a cut connection's
             if "xet-write-token" in str(error) and "404" in str(error):
-                raise UserError(f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1.") from None
+                raise UserError(
+                    f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1."
+                ) from None
             raise Passing(f"{type(error).__name__}: {transfer.reason_of(error)}") from None
 
     return transfer.patiently(attempt, f"{place.ref} at {_hub_endpoint()}")

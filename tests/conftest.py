@@ -64,7 +64,9 @@ def default_model() -> Path:
 def world(tmp_path, monkeypatch) -> Path:
     """A home, a cache and git settings of this test's own, no token, no proxy, short waits."""
     for name in list(os.environ):
-        if re.match(r"(HF_|HUGGING|OPENXLAB|MODELSCOPE|GIT_|XDG_|SSH_|NAMESAKE|HTTPS?_PROXY|ALL_PROXY|https?_proxy)", name):
+        if re.match(
+            r"(HF_|HUGGING|OPENXLAB|MODELSCOPE|GIT_|XDG_|SSH_|NAMESAKE|HTTPS?_PROXY|ALL_PROXY|https?_proxy)", name
+        ):
             monkeypatch.delenv(name)
     (home := tmp_path / "home").mkdir()
     monkeypatch.setenv("HOME", str(home))

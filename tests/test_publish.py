@@ -1,15 +1,13 @@
 """Publish and pull, each kind of place, there and back; pulled by strangers as well."""
 
 import hashlib
-import json
 import os
 from pathlib import Path
 
 import pytest
-from servers import GitServer, Hub, git, giftless
+from servers import GitServer, Hub, giftless, git
 
 from finetune import hub, places
-from finetune.errors import UserError
 
 
 def sha256(path: Path) -> str:
@@ -53,7 +51,7 @@ def log_in(url: str, password: str = "git-canary-token") -> None:
 
 def redirect(kind: str, server: GitServer) -> None:
     """The hub's address leads to our server, by git's own insteadOf."""
-    git("config", "--global", f"url.{server.url}/.insteadOf", places.HUBS[kind][0].format(""). removesuffix(".git"))
+    git("config", "--global", f"url.{server.url}/.insteadOf", places.HUBS[kind][0].format("").removesuffix(".git"))
 
 
 @pytest.fixture(params=["dir", "file", "http", "giftless", "openxlab", "modelscope", "hf"])
