@@ -7,6 +7,7 @@ remote's own host.
 """
 
 import base64
+import importlib.util
 import json
 import os
 import re
@@ -14,16 +15,18 @@ import shlex
 import signal
 import stat
 import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import requests
+import yaml
 from filelock import FileLock
 
 from finetune import transfer
-from finetune.embedded import cache_dir, digest_of
+from finetune.embedded import cache_dir, digest_of, say
 from finetune.errors import UserError
 from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, Unreachable, keep_secret, plain
 
@@ -577,11 +580,16 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
 
     remote, revision = open_remote(place), place.revision
     if not greet(remote, "git-receive-pack"):
-        page = f" on {HUBS[place.kind][1]}" if place.kind in HUBS else ""
-        raise UserError(
-            f"{place.ref}: there is no repository {plain(remote.url)}, or you may not see it. Make an empty one{page} named "
-            f"exactly {plain(remote.url.rstrip('/').rpartition('/')[2].removesuffix('.git'))}, then run the same command again."
-        )
+        why = _make_on_openxlab(place, files) if place.kind == "openxlab" else ""
+        if why or not greet(remote, "git-receive-pack"):
+            name = remote.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
+            where = (
+                f"Open {HUBS[place.kind][1]}" if place.kind in HUBS else "Open the server's page for a new repository"
+            )
+            raise UserError(
+                f"{place.ref}: there is no repository {plain(remote.url)}, or you may not see it. {why}{where}, type {name} as its "
+                "name, leave the rest as it is, and run the same command again."
+            )
     if revision and COMMIT.fullmatch(revision):
         raise UserError(f"{place.ref}: a commit cannot be published to; give a branch or a new tag after the @.")
     where = f"{place.ref} at {plain(remote.url)}"
@@ -608,6 +616,38 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
     with FileLock(f"{remote.repo}.lock"):
         transfer.patiently(attempt, where)
     progress(sum(source.size for name, source in files.items() if name not in large))
+
+
+MAKE = """
+import contextlib, json, sys
+asked = json.load(sys.stdin)
+with contextlib.redirect_stdout(sys.stderr):
+    from openxlab.model.clients.openapi_client import OpenapiClient
+    from openxlab.model.common.constants import endpoint
+    OpenapiClient(endpoint).create_repository(asked["name"], False, asked["meta"])
+"""
+
+
+def _make_on_openxlab(place: "Place", files: dict[str, Source]) -> str:
+    """Make the repository through the openxlab package, in a process of its own, as it knows no time-outs and prints what
+    it sends. "" where it is made, else why not, as a sentence."""
+    keys = [keep_secret(os.environ.get(name)) for name in ("OPENXLAB_AK", "OPENXLAB_SK")]
+    if not all(keys) and not Path("~/.openxlab/config.json").expanduser().is_file():
+        return ""
+    if not importlib.util.find_spec("openxlab"):
+        return ""
+    name = place.ref.partition("/")[2].partition("@")[0]
+    asked = json.dumps({"name": name, "meta": yaml.safe_load(files["metafile.yml"].data)})
+    say(f"Making the repository {name} on OpenXLab ...")
+    try:
+        subprocess.run(
+            [sys.executable, "-c", MAKE], input=asked, capture_output=True, text=True, timeout=60, check=True
+        )
+    except subprocess.TimeoutExpired:
+        return "OpenXLab's API did not answer in 60 s. "
+    except subprocess.CalledProcessError as error:
+        return f"OpenXLab's API did not make it: {plain((error.stderr.splitlines() or [''])[-1])}. "
+    return ""
 
 
 def _default_branch(remote: Remote) -> str:

@@ -64,9 +64,6 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="STAGE",
         help=f"one stage only: {', '.join(STAGES)} (default: all, finished ones are skipped)",
     )
-    parse.add_argument(
-        "ref", nargs="?", metavar="REF", help="with pull: openxlab: hf: modelscope:user/name, git+URL, a folder"
-    )
     parse.add_argument("--name", help="what the assistant is called / 助手的名字")
     parse.add_argument("--author", help="who made it / 作者")
     parse.add_argument(
@@ -99,8 +96,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         raise UserError(*(_unknown("flag", flag, known) for flag in flags))
     if args.stage not in (None, *STAGES):
         raise UserError(_unknown("stage", args.stage, STAGES))
-    if args.ref and args.stage != "pull":
-        unknown.insert(0, args.ref)
+    args.ref = unknown.pop(0) if args.stage == "pull" and unknown else None
     if unknown:
         raise UserError(f"One stage at a time: leave out {' '.join(unknown)}.")
     return args
