@@ -3,7 +3,7 @@
 import json
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -45,9 +45,9 @@ def inference_dtype() -> torch.dtype:
     return torch.float16 if torch.cuda.is_available() else torch.float32
 
 
-def base_folder(ref: str) -> Path:
+def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) -> Path:
     """The folder of a base model: the embedded default by its short name, else a local folder or a repo reference."""
-    return embedded.folder() if ref == embedded.NAME else pull(ref)
+    return embedded.folder() if ref == embedded.NAME else pull(ref, progress=progress)
 
 
 def origin(folder: Path, ref: str) -> dict[str, str]:

@@ -6,6 +6,7 @@ import re
 from pathlib import Path
 
 import pytest
+from servers import GitServer, Hub
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>", "<|tool_call|>", "[INST]"]
 TEMPLATE = (
@@ -100,3 +101,25 @@ def with_manifest(files: dict, **more) -> dict:
         **more,
     }
     return {**files, "manifest.json": transfer.source(json.dumps(manifest).encode())}
+
+
+@pytest.fixture
+def server(world):
+    """A git server with LFS where "user" may write."""
+    (world / "served").mkdir()
+    with GitServer(world / "served", {"user": "git-canary-token"}) as server:
+        yield server
+
+
+@pytest.fixture
+def hf(world, monkeypatch):
+    """A small Hugging Face hub, and its token in the environment."""
+    from huggingface_hub import constants
+
+    with Hub(world / "hf") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server

@@ -8,14 +8,15 @@ import http.server
 import json
 import os
 import re
-import shutil
 import socket
 import subprocess
 import threading
 import time
 from collections import Counter
 from pathlib import Path
-from urllib.parse import parse_qs, unquote, urlsplit
+from urllib.parse import parse_qs, unquote
+
+from finetune.places import HUBS
 
 
 class Server(http.server.ThreadingHTTPServer):
@@ -510,15 +511,37 @@ def git(*arguments: str, cwd: Path | None = None, **environment: str) -> str:
     return done.stdout
 
 
-def copy_folder(source: Path, target: Path) -> Path:
-    shutil.copytree(source, target)
-    return target
-
-
 def closed_port() -> int:
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
 
 
-def origin(url: str) -> str:
-    return urlsplit(url).netloc
+def tree(folder: Path) -> dict[str, str]:
+    """sha256 of every file below a folder."""
+    files = [f for f in folder.rglob("*") if f.is_file() and ".git" not in f.relative_to(folder).parts]
+    return {f.relative_to(folder).as_posix(): hashlib.sha256(f.read_bytes()).hexdigest() for f in files}
+
+
+def log_in(url: str, password: str = "git-canary-token") -> None:
+    """Through git's own credential store, as a user does it."""
+    git("config", "--global", "credential.helper", "store")
+    host = url.partition("://")[2]
+    (Path(os.environ["HOME"]) / ".git-credentials").write_text(f"http://user:{password}@{host}\n")
+
+
+def redirect(kind: str, server: GitServer) -> None:
+    """The hub's address leads to our server, by git's own insteadOf."""
+    git("config", "--global", f"url.{server.url}/.insteadOf", HUBS[kind][0].format("").removesuffix(".git"))
+
+
+def mkdir(folder: Path) -> Path:
+    folder.mkdir(parents=True)
+    return folder
+
+
+def commit(folder: Path, url: str) -> None:
+    """Everything in a work tree, pushed to the main branch there."""
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+    git("add", "-A", cwd=folder)
+    git(*who, "commit", "-qm", "x", cwd=folder)
+    git("push", "-q", url, "HEAD:refs/heads/main", cwd=folder)
