@@ -325,7 +325,8 @@ def _check_local(folder: Path) -> Path:
     if (manifest := read_manifest(path.read_bytes(), str(folder))) is None:
         return folder
     names = {f.relative_to(folder).as_posix(): f for f in folder.rglob("*") if f.is_file()}
-    stats = {n: f.stat() for n, f in names.items() if n in manifest["files"] or n == MANIFEST}
+    judged = {n for n in names if n in manifest["files"] or n == MANIFEST or PurePosixPath(n).suffix.lower() in PICKLES}
+    stats = {n: names[n].stat() for n in judged}
     seen = transfer.source(
         repr([(n, s.st_size, s.st_mtime_ns, s.st_ino) for n, s in sorted(stats.items())]).encode()
     ).sha256

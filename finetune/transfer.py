@@ -356,9 +356,9 @@ def put(
                 progress(-body.sent)
                 raise
             said = plain(read_all(response)[:200].decode(errors="replace"))
+        if body.sent == source.size and body.hash.hexdigest() != source.sha256:
+            raise UserError(HAS_CHANGED.format(source.data))
         if response.status_code not in (200, 201, 204):
             raise UserError(f"{where}: the server refuses the file, HTTP {response.status_code} {said}.")
-        if (body.sent, body.hash.hexdigest()) != (source.size, source.sha256):
-            raise UserError(HAS_CHANGED.format(source.data))
 
     patiently(attempt, where)
