@@ -462,10 +462,11 @@ class Faults:
 
     def connection(self, client: socket.socket, fault: tuple):
         try:
-            self.carry(client, fault)
-        except OSError:
-            pass
+            with contextlib.suppress(OSError):
+                self.carry(client, fault)
         finally:
+            with contextlib.suppress(OSError):  # else the other thread's recv keeps it open
+                client.shutdown(socket.SHUT_RD if fault[0] == "cut" else socket.SHUT_RDWR)
             client.close()
 
     def carry(self, client: socket.socket, fault: tuple):

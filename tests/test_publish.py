@@ -1,6 +1,9 @@
 """Publish and pull, each kind of place, there and back; pulled by strangers as well."""
 
+import importlib.util
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -240,7 +243,32 @@ requests.Session.request = request
 """
 
 
-def test_the_openxlab_package_makes_the_repository(server, package, world, monkeypatch):
+@pytest.fixture(scope="module")
+def openxlab(tmp_path_factory) -> str:
+    """Where the package is importable from; its pins contradict torch's on Python 3.11, so it is installed aside."""
+    folder = tmp_path_factory.mktemp("openxlab")
+    if not importlib.util.find_spec("openxlab"):
+        command = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(folder), "openxlab==0.1.3"]
+        subprocess.run([sys.executable, *command], check=True)
+    return str(folder)
+
+
+def keys(world: Path, openxlab: str, server, monkeypatch) -> None:
+    """OpenXLab's token and keys in the environment, and its API's address led to our server."""
+    (world / "site").mkdir()
+    (world / "site" / "sitecustomize.py").write_text(SITE)
+    monkeypatch.syspath_prepend(openxlab)
+    for name, value in {
+        "PYTHONPATH": f"{world / 'site'}:{openxlab}",
+        "TEST_OPENXLAB": server.url,
+        "OPENXLAB_AK": "ak-canary",
+        "OPENXLAB_SK": "sk-canary",
+        "OPENXLAB_TOKEN": "git-canary-token",
+    }.items():
+        monkeypatch.setenv(name, value)
+
+
+def test_the_openxlab_package_makes_the_repository(server, package, world, openxlab, monkeypatch):
     """It answers as its service is known to: a nonce, a JWT, then a message code in each reply."""
     redirect("openxlab", server)
     asked = []
@@ -260,16 +288,7 @@ def test_the_openxlab_package_makes_the_repository(server, package, world, monke
         return True
 
     server.rules.append(service)
-    (world / "site").mkdir()
-    (world / "site" / "sitecustomize.py").write_text(SITE)
-    for name, value in {
-        "PYTHONPATH": str(world / "site"),
-        "TEST_OPENXLAB": server.url,
-        "OPENXLAB_AK": "ak-canary",
-        "OPENXLAB_SK": "sk-canary",
-        "OPENXLAB_TOKEN": "git-canary-token",
-    }.items():
-        monkeypatch.setenv(name, value)
+    keys(world, openxlab, server, monkeypatch)
     files = {n: s for n, s in package.items() if n != "manifest.json"}
     files = with_manifest({**files, "metafile.yml": transfer.source(yaml.safe_dump(META).encode())})
     hub.publish("openxlab:user/xiaoxing", files, "x")
@@ -280,14 +299,10 @@ def test_the_openxlab_package_makes_the_repository(server, package, world, monke
     assert tree(hub.pull("openxlab:user/xiaoxing")) == wanted(files)
 
 
-def test_the_openxlab_package_says_no(server, package, world, monkeypatch):
+def test_the_openxlab_package_says_no(server, package, world, openxlab, monkeypatch):
     redirect("openxlab", server)
     server.rules.append(lambda handler: handler.path.startswith("/api/v1/") and not handler.answer(b"sorry", 503))
-    (world / "site").mkdir()
-    (world / "site" / "sitecustomize.py").write_text(SITE)
-    values = {"PYTHONPATH": str(world / "site"), "TEST_OPENXLAB": server.url, "OPENXLAB_AK": "ak-canary"}
-    for name, value in {**values, "OPENXLAB_SK": "sk-canary", "OPENXLAB_TOKEN": "git-canary-token"}.items():
-        monkeypatch.setenv(name, value)
+    keys(world, openxlab, server, monkeypatch)
     files = {**package, "metafile.yml": transfer.source(yaml.safe_dump(META).encode())}
     with pytest.raises(UserError) as caught:
         hub.publish("openxlab:user/xiaoxing", files, "x")
