@@ -265,7 +265,7 @@ def greet(remote: Remote, service: str) -> bool:
                 "has moved, use its new address."
             )
         with response:
-            start = response.raw.read(64) if response.status_code == 200 else b""
+            start = transfer.read_start(response, 64) if response.status_code == 200 else b""
         if response.status_code in (401, 403):
             why = "refuses the token" if headers else "asks for a token"
             raise UserError(f"{where} {why} (HTTP {response.status_code}). {how_to_log_in(place)}")

@@ -201,18 +201,25 @@ def reason_of(error: BaseException) -> str:
     return re.sub(r"^.*?: (?=Failed|Connection|Read)", "", text) or type(error).__name__
 
 
+def read_start(response: requests.Response, most: int) -> bytes:
+    """The body's first bytes. Raises Passing where they are cut, be it within the headers, of which the rest then lacks."""
+    length = response.headers.get("Content-Length", "")
+    try:
+        start = response.raw.read(most)
+    except CUT as error:
+        raise Passing(reason_of(error)) from None
+    whole = not length and "Transfer-Encoding" in response.headers
+    if not whole and len(start) < (min(most, int(length)) if length.isdigit() else 1):
+        raise Passing("the answer was cut")
+    return start
+
+
 def read_all(response: requests.Response) -> bytes:
     """A short body. Raises Passing where it is cut, UserError where it is long."""
     with response:
-        try:
-            body = response.raw.read(LONGEST_REPLY + 1)
-            expected = response.headers.get("Content-Length")
-        except CUT as error:
-            raise Passing(reason_of(error)) from None
+        body = read_start(response, LONGEST_REPLY + 1)
     if len(body) > LONGEST_REPLY:
         raise UserError(f"{plain(response.url)} answers with more than {LONGEST_REPLY} bytes, which is refused.")
-    if expected and expected.isdigit() and len(body) < int(expected):
-        raise Passing("the answer was cut")
     return body
 
 
