@@ -446,7 +446,7 @@ def test_no_token_is_in_any_argument_while_it_works(server, world, big, monkeypa
     server.rules.append(lambda handler: time.sleep(0.1))
     rows = listed(big, world)
     for verb in ("publish", "pull"):
-        with start(verb, "openxlab:user/x", rows) as child:
+        with start(verb, "openxlab:user/x", rows, env={**os.environ, "NAMESAKE_CACHE": str(world / verb)}) as child:
             process = psutil.Process(child.pid)
             while child.poll() is None:
                 for one in [process, *children(process)]:
