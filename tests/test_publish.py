@@ -1,7 +1,9 @@
 """Publish and pull, each kind of place, there and back; pulled by strangers as well."""
 
+import base64
 import importlib.util
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -310,3 +312,25 @@ def test_the_openxlab_package_says_no(server, package, world, openxlab, monkeypa
     assert "503" in str(caught.value)
     assert "Open https://openxlab.org.cn/models/create, type xiaoxing as its name" in str(caught.value)
     assert "canary" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------------ ssh
+
+
+def test_over_ssh(server, package, world, monkeypatch):
+    """Git's own transport and git-lfs-authenticate; a script in ssh's place runs on this machine what it is asked to."""
+    bare = server.make("user/x")
+    coded = base64.b64encode(b"user:git-canary-token").decode()
+    said = {"href": f"{server.url}/user/x.git/info/lfs", "header": {"Authorization": f"Basic {coded}"}}
+    for name, text in {
+        "ssh": '#!/bin/sh\nfor last; do :; done\nexec sh -c "$last"\n',
+        "git-lfs-authenticate": f"#!/bin/sh\necho \"$@\" >> {world}/asked\necho '{json.dumps(said)}'\n",
+    }.items():
+        (mkdir(world / name) / name).write_text(text)
+        (world / name / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{world}/git-lfs-authenticate:{os.environ['PATH']}")
+    monkeypatch.setenv("GIT_SSH_COMMAND", f"{world}/ssh/ssh")
+    monkeypatch.setenv("GIT_SSH_VARIANT", "ssh")
+    hub.publish(f"git+ssh://git@example.com{bare}", package, "x")
+    assert tree(hub.pull(f"git+ssh://git@example.com{bare}")) == wanted(package)
+    assert (world / "asked").read_text().splitlines() == [f"{bare} upload", f"{bare} download"]
