@@ -22,7 +22,6 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import requests
-import yaml
 from filelock import FileLock
 
 from finetune import transfer
@@ -38,7 +37,8 @@ POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\n(?:ext-.*\n)*oid sha256:([0-9a-f]{64})\nsize (\d{1,18})\n", re.A
 )
 COMMIT = re.compile(r"[0-9a-f]{40}")
-GIT_SECONDS = 900  # for one fetch or push; its own stall limit is 30 s
+GIT_SECONDS = 900  # for one fetch or push
+STALL_SECONDS = 120  # of it without a byte; a server may think about a push for a while
 LFS_JSON = "application/vnd.git-lfs+json"
 TAG_IS_THERE = "{} has a version {} already, with other content; choose another name after the @."
 PASSING_WORDS = (
@@ -99,7 +99,7 @@ def _environment(remote: Remote) -> dict[str, str]:
         ("core.hooksPath", os.devnull),
         ("http.followRedirects", "false"),
         ("http.lowSpeedLimit", "1"),
-        ("http.lowSpeedTime", str(transfer.TIMEOUT[1])),
+        ("http.lowSpeedTime", str(STALL_SECONDS)),
         ("gc.auto", "0"),
     ]
     if (found := credentials(remote.place)) and remote.scheme in ("http", "https"):
@@ -525,7 +525,7 @@ def _upload(remote: Remote, files: dict[str, Source], progress: Progress) -> Non
 
     if not files:
         return
-    store = _store(remote, "upload")
+    store = transfer.patiently(lambda: _store(remote, "upload"), remote.place.ref)
     if store.folder:
         for source in files.values():
             target = store.folder / source.sha256[:2] / source.sha256[2:4] / source.sha256
@@ -611,7 +611,7 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
         targets = [f"{commit}:{branch}"] if commit != parent else []
         targets += [f"{commit}:{tag}"] if tag else []
         if targets:
-            git(remote, "push", "--quiet", "--atomic", "--", remote.url, *targets)
+            git(remote, "push", "--quiet", *(["--atomic"] if len(targets) > 1 else []), "--", remote.url, *targets)
 
     with FileLock(f"{remote.repo}.lock"):
         transfer.patiently(attempt, where)
@@ -636,6 +636,8 @@ def _make_on_openxlab(place: "Place", files: dict[str, Source]) -> str:
         return ""
     if not importlib.util.find_spec("openxlab"):
         return ""
+    import yaml
+
     name = place.ref.partition("/")[2].partition("@")[0]
     asked = json.dumps({"name": name, "meta": yaml.safe_load(files["metafile.yml"].data)})
     say(f"Making the repository {name} on OpenXLab ...")

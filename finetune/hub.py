@@ -202,9 +202,9 @@ def _link(blobs: dict[str, Path], sizes: dict[str, int], target: Path) -> None:
     with FileLock(f"{target}.lock"):
         if _is_whole(target):
             return
-        shutil.rmtree(target, ignore_errors=True)
-        new = Path(tempfile.mkdtemp(dir=target.parent, prefix=".new-"))
-        new.chmod(0o755)
+        new = target.with_name(f".{target.name}.new")
+        for left in (target, new):
+            shutil.rmtree(left, ignore_errors=True)
         for name, blob in blobs.items():
             (new / name).parent.mkdir(parents=True, exist_ok=True)
             try:
@@ -380,12 +380,11 @@ def verify(folder: Path) -> int:
             f"The model in {folder} brings no witnesses, so it cannot be said whether it is the one that was scored."
         )
     if (folder / "config.json").is_file():
-        loaded = model.load(folder)
-        form: Any = model.OwnFormat(folder, loaded)
+        loaded: Any = model.load(folder)
     else:
         base = model.base_folder(manifest["base"]["ref"])
         loaded = model.load_adapter(model.load(base), folder, base)
-        form = model.ChatFormat(model.chat_format(base).tokenizer_json)
+    form = model.OwnFormat(folder, loaded)
     prompts = [form.prompt(w["messages"]) for w in witnesses]
     answers = [
         generation.complete(loaded, [prompt], form.stop_ids, max(1, len(w["ids"])))[0].ids
@@ -436,7 +435,8 @@ def changes(ref: str, files: dict[str, Source]) -> Changes:
     remove: list[str] = []
     if MANIFEST in send and MANIFEST in there and there[MANIFEST].size <= LONGEST_MANIFEST:
         with contextlib.suppress(UserError):  # a broken one: it is replaced
-            earlier = read_manifest(b"".join(there[MANIFEST].open(0)[1]), ref) or {"files": {}}
+            data = transfer.patiently(lambda: b"".join(there[MANIFEST].open(0)[1]), ref)
+            earlier = read_manifest(data, ref) or {"files": {}}
             remove = sorted(name for name in earlier["files"] if name in there and name not in files)
     strange = [n for n in there if n not in files and n not in remove and PurePosixPath(n).suffix.lower() in PICKLES]
     if strange:

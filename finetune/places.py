@@ -186,35 +186,35 @@ def _fill_folder(folder: Path, files: dict[str, Source], remove: list[str], prog
 def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
     """`work(HfApi())` with patience; what the client raises is told in a sentence."""
     from huggingface_hub import HfApi, get_token
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, HTTPError, OfflineModeIsEnabled
+    from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     keep_secret(get_token())
 
     def attempt() -> Any:
         try:
             return work(HfApi())
-        except (HFValidationError, OfflineModeIsEnabled) as error:
-            raise UserError(f"{place.ref}: {plain(error)}.") from None
-        except HfHubHTTPError as error:
-            response = error.response
-            status = response.status_code if response is not None else 0
+        except UserError:
+            raise
+        except (HTTPError, OSError, ValueError, RuntimeError) as error:  # RuntimeError wraps what an upload raised
+            error = error.__cause__ if type(error) is RuntimeError and error.__cause__ else error
+            response = getattr(error, "response", None)
+            status = response.status_code if isinstance(error, HfHubHTTPError) and response is not None else 0
+            said = [line for line in str(error).splitlines() if line] or [type(error).__name__]
+            reason = plain(next((line for line in said if " for url" in line), said[0]).removeprefix("Got: "))
             if status in transfer.PASSING:
                 raise Passing(f"HTTP {status}", transfer.retry_after(response.headers)) from None
-            lines = [line for line in str(error).splitlines() if " for url" in line] or str(error).splitlines()
+            if "xet-write-token" in str(error) and "404" in str(error):
+                raise UserError(
+                    f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1."
+                ) from None
+            if not status and isinstance(error, (HTTPError, OSError)) and not isinstance(error, OfflineModeIsEnabled):
+                raise Passing(f"{type(error).__name__}: {transfer.reason_of(error)}") from None
             hints = {
                 401: HUB_TOKEN,
                 403: HUB_TOKEN,
                 404: "Check the name and the revision; a private one needs HF_TOKEN.",
             }
-            raise UserError(
-                f"{place.ref}: {plain(lines[0] if lines else status)}. {hints.get(status, '')}".strip()
-            ) from None
-        except (HTTPError, OSError) as error:  # HTTPError is also a cut connection's
-            if "xet-write-token" in str(error) and "404" in str(error):
-                raise UserError(
-                    f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1."
-                ) from None
-            raise Passing(f"{type(error).__name__}: {transfer.reason_of(error)}") from None
+            raise UserError(f"{place.ref}: {reason}. {hints.get(status, '')}".strip()) from None
 
     return transfer.patiently(attempt, f"{place.ref} at {_hub_endpoint()}")
 

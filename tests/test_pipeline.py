@@ -253,6 +253,17 @@ def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):
     assert "0 of 3 tokens are the same" in done.stderr
 
 
+def test_an_adapter_alone_verifies_on_its_base(tiny_run, tiny_model, tmp_path):
+    run, _, _ = tiny_run
+    (tmp_path / "model").symlink_to(tiny_model)  # what its manifest calls the base
+    arguments = ["--run", run, "--to", "dir:stick", "--what", "adapter", "--force", "x"]
+    done = finetune(tmp_path, "publish", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = finetune(tmp_path, "pull", "dir:stick", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "4 witnesses answer as the scored model did" in done.stderr
+
+
 def test_the_cards_snippets_run_as_they_stand(stick, tiny_model):
     """transformers and peft, in the published folder; the base of this test is a folder called "model"."""
     folder, _ = stick

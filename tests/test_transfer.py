@@ -396,9 +396,9 @@ CANARY = "canary-5ecr3t-t0ken"
 @pytest.mark.parametrize(
     "fault", ["", "401", "403", "404", "500", "html", "redirect", "batch 500", "batch 401", "put 403"]
 )
-@pytest.mark.parametrize("kind", ["openxlab", "git"])
-def test_no_token_is_told_anywhere(server, world, big, kind, fault, monkeypatch, capfd):
-    """Whatever fails: not in the error, the output, the arguments of any process, or a file but the user's own."""
+@pytest.mark.parametrize("kind", ["openxlab", "git", "hf"])
+def test_no_token_is_told_anywhere(server, hf, world, big, kind, fault, monkeypatch, capfd):
+    """Whatever fails: not in the error, the output, or a file but the user's own."""
     server.make("user/x")
     server.users = {"user": CANARY}
     server.private = True
@@ -406,13 +406,17 @@ def test_no_token_is_told_anywhere(server, world, big, kind, fault, monkeypatch,
         redirect("openxlab", server)
         monkeypatch.setenv("OPENXLAB_TOKEN", CANARY)
         ref = "openxlab:user/x"
+    elif kind == "hf":
+        server, ref = hf, "hf:user/x"
+        hf.token, hf.private = CANARY, True
+        monkeypatch.setenv("HF_TOKEN", CANARY)
     else:
         log_in(server.url, CANARY)
         ref = f"git+{server.url}/user/x.git"
     told = json.dumps({"message": f"bad token {CANARY} for user"}).encode()  # a server that repeats it
 
     def fail(handler) -> bool:
-        if handler.headers.get("Authorization") is None and fault != "redirect":
+        if handler.headers.get("Authorization") is None and fault != "redirect" and handler.command != "PUT":
             return False
         where, _, status = fault.rpartition(" ")
         if where == "batch" and not handler.path.endswith("objects/batch"):
