@@ -532,7 +532,7 @@ def log_in(url: str, password: str = "git-canary-token") -> None:
 
 def redirect(kind: str, server: GitServer) -> None:
     """The hub's address leads to our server, by git's own insteadOf."""
-    git("config", "--global", f"url.{server.url}/.insteadOf", HUBS[kind][0].format("").removesuffix(".git"))
+    git("config", "--global", "--add", f"url.{server.url}/.insteadOf", HUBS[kind][0].format("").removesuffix(".git"))
 
 
 def mkdir(folder: Path) -> Path:
