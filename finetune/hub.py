@@ -71,7 +71,9 @@ def pull(ref: str, *, progress: Callable[[int, int], object] | None = None) -> P
         return _check_local(folder)
     place = places.parse(ref)
     if place.kind == "dir":
-        raise UserError(f"{place.name!r} is not a folder; check its spelling.")
+        if ref.startswith("dir:"):
+            raise UserError(f"{place.name!r} is not a folder; check its spelling.")
+        raise UserError(places.NO_REFERENCE.format(ref))
     repo = f"{re.sub(r'[^A-Za-z0-9._-]+', '-', place.name)[-80:]}-{transfer.source(place.name.encode()).sha256[:8]}"
     snapshots = cache_dir() / "hub" / "snapshots" / repo
     named = cache_dir() / "hub" / "refs" / repo / quote(place.revision or "HEAD", safe="")
@@ -133,8 +135,9 @@ def _earlier(place: Place, snapshots: Path, named: Path, why: str) -> Path:
     """The snapshot that the reference meant when the place was last asked."""
     if named.is_file() and _is_whole(folder := snapshots / named.read_text()):
         return folder
+    hub = "the Hugging Face Hub" if place.kind == "hf" else plain(place.name)
     raise Unreachable(
-        f"{place.ref} is not in the cache and could not be fetched: {plain(why)}. Check the name and the connection "
+        f"{place.ref} is not a folder here and could not be fetched from {hub}: {plain(why)}. Check the name and the connection "
         "(HTTPS_PROXY, HF_ENDPOINT), or give a local folder."
     )
 

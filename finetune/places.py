@@ -21,6 +21,7 @@ from finetune.gitlfs import File, Listing
 from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, keep_secret, plain
 
 MANIFEST = "manifest.json"
+NO_REFERENCE = "{!r} is neither a folder nor a repo reference such as hf:user/name; check its spelling."
 MOST_FILES = 2000  # in one repository
 HUBS = {  # git hosts: the address, where a repository is made by hand, where a token is
     "openxlab": (
@@ -53,7 +54,7 @@ def parse(ref: str) -> Place:
     if not (colon and kind in ("hf", *HUBS)):
         kind, rest = "hf", ref
     if not (found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest, re.A)) or ".." in ref:
-        raise UserError(f"{ref!r} is neither a folder nor a repo reference such as hf:user/name; check its spelling.")
+        raise UserError(NO_REFERENCE.format(ref))
     name = found[1] if kind == "hf" else HUBS[kind][0].format(found[1])
     return Place(kind, name, found[2], ref)
 

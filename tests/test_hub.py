@@ -41,9 +41,6 @@ def test_a_path_is_its_folder(tmp_path, monkeypatch):
         "dir:hf:user/name",
         "dir:~nobody-such/x",
         "dir:" + "x" * 5000,
-        "./name",
-        "/no/where",
-        "~nobody-such/x",
     ],
 )
 def test_a_folder_that_is_not_there(ref):
@@ -77,6 +74,10 @@ def test_a_file_is_not_a_folder(tmp_path):
         ),
         *(
             "https://example.com/user/name",
+            "./name",
+            "../name",
+            "~nobody-such/x",
+            "/no/where",
             "用户/模型",
             "user/name\n",
             "x" * 5000,
@@ -199,7 +200,8 @@ def test_offline_and_unreachable_give_what_was_fetched_last(foreign, monkeypatch
     assert hub.pull("hf:user/tiny") == folder
     assert not foreign.seen
     with pytest.raises(
-        UserError, match=r"hf:user/other is not in the cache and could not be fetched: offline mode is on"
+        UserError,
+        match=r"hf:user/other is not a folder here and could not be fetched from the Hugging Face Hub: offline mode is on",
     ):
         hub.pull("hf:user/other")
     monkeypatch.delenv("NAMESAKE_OFFLINE")
@@ -222,7 +224,7 @@ def test_a_hub_that_does_not_answer(world, monkeypatch):
 
     monkeypatch.setattr(constants, "ENDPOINT", f"http://127.0.0.1:{closed_port()}")
     with pytest.raises(
-        UserError, match=r"is not in the cache and could not be fetched: .*Connection refused"
+        UserError, match=r"could not be fetched from the Hugging Face Hub: .*Connection refused"
     ) as caught:
         hub.pull("hf:user/tiny")
     assert "HF_ENDPOINT" in str(caught.value)
