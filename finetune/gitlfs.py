@@ -370,7 +370,7 @@ def _tree(remote: Remote, commit: str) -> dict[str, File]:
             raise UserError(f"{remote.place.ref}: {plain(ascii(name))} is a {kind}, which is refused.")
         if pointer := POINTER.match(contents.get(sha, b"")):
             oid, length = pointer[1].decode(), int(pointer[2])
-            files[name] = File(length, f"sha256:{oid}", _lfs_opener(remote, commit, oid, length))
+            files[name] = File(length, f"sha256:{oid}", _lfs_opener(remote, oid, length))
         else:
             files[name] = File(int(size), f"git:{sha}", _blob_opener(remote, sha))
     return files
@@ -497,7 +497,7 @@ def _action(remote: Remote, store: Store, entry: dict[str, Any], name: str) -> t
     return url, headers
 
 
-def _lfs_opener(remote: Remote, commit: str, oid: str, size: int) -> Callable[[int], Opened]:
+def _lfs_opener(remote: Remote, oid: str, size: int) -> Callable[[int], Opened]:
     def open_at(offset: int) -> Opened:
         from finetune.places import file_opener
 
