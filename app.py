@@ -1,6 +1,7 @@
 """The page: chat with a model in the browser. `python app.py` opens the port at once and loads the model behind it.
 
     python app.py --model runs/xiaoxing/model        or MODEL=...; any folder or repo reference
+    MODEL=openxlab:user/name,hf:user/name python app.py    sources in order; the page says which failed and why
     python app.py                                    the newest finished run, else the embedded default model
 
 It listens on 0.0.0.0, as spaces need: whoever reaches this machine reaches the page; --host 127.0.0.1 keeps it here.
@@ -44,6 +45,7 @@ GRADIO_CHINESE = {  # strings of Gradio's own that its Chinese lacks
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
 CSS = """
 .gradio-container .main { max-width: 900px !important; margin: auto }
+#name p { margin: 0; opacity: .75; text-align: center; overflow-wrap: anywhere }
 #name h1 { margin: 0; font-size: 1.25rem; text-align: center; overflow-wrap: anywhere }
 #status { text-align: center; margin: 20vh auto 0; overflow-wrap: anywhere }
 #status p { opacity: .75; margin-top: .5rem }
@@ -104,11 +106,12 @@ def build(engine: Engine) -> Any:
             title, text = "The model could not be loaded", engine.message
         else:
             title, text = engine.message, "The chat opens by itself. The first start takes a little longer."
-        seconds = f" … {time.monotonic() - engine.began:.0f} s" if engine.status == "loading" else ""
+        seconds = f"{engine.progress} … {time.monotonic() - engine.began:.0f} s" if engine.status == "loading" else ""
         status = f"<b>{texts.get(title, title)}{seconds}</b><p>{html.escape(texts.get(text, text))}</p>"
         ready = engine.status == "ready"
+        failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before the one
         return [
-            f"<h1>{html.escape(engine.name)}</h1>",
+            f"<h1>{html.escape(engine.name)}</h1>{failed}",
             gr.HTML(status, visible=not ready),
             gr.Column(visible=ready),
             gr.Timer(active=engine.status == "loading"),
@@ -235,7 +238,11 @@ def newest_run(runs: Path = Path("runs")) -> str | None:
 def main(arguments: list[str] | None = None) -> int:
     env = os.environ.get
     parser = argparse.ArgumentParser(description="A page to chat with a model. 与模型对话的网页。")
-    parser.add_argument("--model", default=env("MODEL"), help="a folder or repo reference (default: the newest run's)")
+    parser.add_argument(
+        "--model",
+        default=env("MODEL"),
+        help="a folder or repo reference, or several by commas, in order (default: the newest run's)",
+    )
     parser.add_argument("--adapter", default=env("ADAPTER"), help="an adapter made for that model")
     parser.add_argument("--host", default=env("GRADIO_SERVER_NAME", "0.0.0.0"))  # noqa: S104
     parser.add_argument("--port", type=int, default=int(env("GRADIO_SERVER_PORT") or env("PORT") or 7860))

@@ -1,6 +1,16 @@
 """Namesake: give a chat model your assistant's name, prove that it took and that nothing else broke."""
 
 import logging
+from typing import Any
 
 # Imported by peft, it warns every time that an optional kernel for 4-bit weights on CPU is not there.
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
+
+
+def __getattr__(name: str) -> Any:
+    """`from finetune import pull`, which takes its time to import only where it is asked for."""
+    if name == "pull":
+        from finetune.hub import pull
+
+        return pull
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -17,13 +17,14 @@ ANSWER_TOKENS = 512  # at most, and at most a quarter of the model's context
 
 
 class Engine:
-    """`status` is "loading", then "ready" or "failed"; `message` says what it is doing or why it failed."""
+    """`status` is "loading", then "ready" or "failed"; `message` says what it is doing, why it failed, or which sources
+    of the model did before one did not; `progress` how far the fetching is."""
 
     def __init__(self, model: str, adapter: str | None = None) -> None:
         self.ref, self.adapter = model, adapter
-        self.status, self.message = "loading", "Starting"
+        self.status, self.message, self.progress = "loading", "Starting", ""
         self.began = time.monotonic()
-        self.name = assistant_name(Path(model)) or Path(model).name or model
+        self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
 
     def load(self) -> None:
         """Fetch and load the model; never raises, `status` and `message` say how it went."""
@@ -32,7 +33,7 @@ class Engine:
             from finetune.generation import sampler
 
             self.message = "Fetching the model"
-            base = model.base_folder(self.ref)
+            base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
             adapter = hub.pull(self.adapter) if self.adapter else None
             self.message = "Loading the model"
             model.check_folder(base)
@@ -40,7 +41,7 @@ class Engine:
             self.model = model.load_merged(base, adapter) if adapter else model.load(base, model.inference_dtype())
             self.pick = lambda: sampler(temperature=0.7, top_p=0.9)
             self.name = assistant_name(base) or self.name
-            self.message, self.status = "", "ready"
+            self.message, self.status = " ".join(failed), "ready"
             say(f"{self.name} is ready after {time.monotonic() - self.began:.0f} s.")
         except UserError as error:
             self.message, self.status = str(error), "failed"
@@ -49,6 +50,12 @@ class Engine:
             self.message = f"The model {self.ref} could not be loaded; the server's log says why."
             self.status = "failed"
             traceback.print_exc()
+
+    def show(self, done: int, total: int) -> None:
+        """How much of the model is here, for the page; sizes in bytes."""
+        seconds = time.monotonic() - self.began
+        left = f", {(total - done) * seconds / done:.0f} s" if done else ""
+        self.progress = f" {done / 1e6:.0f} / {total / 1e6:.0f} MB ({done / 1e6 / max(seconds, 0.1):.1f} MB/s{left})"
 
     def health(self) -> dict[str, str]:
         return {"status": self.status, "model": self.ref, "message": self.message}

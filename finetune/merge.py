@@ -24,6 +24,7 @@ from finetune.generation import complete
 from finetune.model import load, load_adapter, save
 
 ANSWER_TOKENS = 24  # of each proof conversation
+WITNESSES = 4  # whoever downloads the model asks again: those whose tokens lead most, so that no rounding tips them
 # (largest logit difference, least share of equal greedy tokens). float32 merges differ by rounding alone, about 1e-4;
 # rounding the weights to bfloat16 moves logits by some tenths and may tip a near-tie, to float16 by an eighth of that.
 TOLERANCE = {"float32": (0.01, 0.999), "bfloat16": (2.0, 0.9), "float16": (0.25, 0.98)}
@@ -37,7 +38,7 @@ folder, proof = sys.argv[1:]
 expected, conversations = load_file(proof), json.load(open(proof + ".json", encoding="utf-8"))
 tokenizer = AutoTokenizer.from_pretrained(folder)
 model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-difference, equal, total = 0.0, 0, 0
+difference, equal, total, margins = 0.0, 0, 0, []
 for i, messages in enumerate(conversations):
     ids, logits = expected[f"{i}.ids"], expected[f"{i}.logits"]
     prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
@@ -48,7 +49,10 @@ for i, messages in enumerate(conversations):
     answer = slice(len(prompt) - 1, None)
     equal += (found[answer].argmax(-1) == logits[answer].argmax(-1)).sum().item()
     total += len(logits[answer])
-print(json.dumps({"max_logit_difference": difference, "equal_greedy_tokens": equal / total, "tokens": total}))
+    first, second = found[len(prompt) - 1 : -1].topk(2).values.T if len(ids) > len(prompt) else (torch.zeros(1),) * 2
+    same = torch.equal(found[len(prompt) - 1 : -1].argmax(-1), ids[len(prompt):])
+    margins.append((first - second).min().item() if same else 0.0)
+print(json.dumps({"max_logit_difference": difference, "equal_greedy_tokens": equal / total, "tokens": total, "margins": margins}))
 """
 
 
@@ -71,7 +75,7 @@ def merge(
     shutil.rmtree(new, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
         model = load_adapter(load(base), adapter, base)
-        _write_expected(model.get_base_model(), form, conversations, Path(work) / "proof")
+        answers = _write_expected(model.get_base_model(), form, conversations, Path(work) / "proof")
         model = model.merge_and_unload().to(getattr(torch, dtype))
         save(model, form, new)
         del model
@@ -82,7 +86,10 @@ def merge(
         except UserError:
             shutil.rmtree(new)  # nobody shall use it
             raise
-    manifest = {"format_hash": form.hash, "dtype": dtype, "proof": proof, **finish(new, proof)}
+    margins = proof.pop("margins")
+    clearest = sorted((i for i, margin in enumerate(margins) if margin > 0), key=lambda i: -margins[i])[:WITNESSES]
+    witnesses = [{"messages": conversations[i], "ids": answers[i]} for i in clearest]
+    manifest = {"format_hash": form.hash, "dtype": dtype, "proof": proof, "witnesses": witnesses, **finish(new, proof)}
     manifest["files"] = {
         file.name: {"size": file.stat().st_size, "sha256": sha256(file)} for file in sorted(new.iterdir())
     }
@@ -93,21 +100,23 @@ def merge(
 
 def _write_expected(
     model: torch.nn.Module, form: ChatFormat, conversations: Sequence[Sequence[Message]], proof: Path
-) -> None:
+) -> list[list[int]]:
+    """The greedy answers' token ids; what the proof needs of them is left in `proof`."""
     prompts = [form.prompt(messages) for messages in conversations]
+    answers = complete(model, prompts, form.stop_ids, ANSWER_TOKENS)
     tensors = {}
-    for i, (prompt, answer) in enumerate(
-        zip(prompts, complete(model, prompts, form.stop_ids, ANSWER_TOKENS), strict=True)
-    ):
+    for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = torch.tensor(prompt + answer.ids, device=model.device)
         with torch.inference_mode():
             tensors |= {f"{i}.ids": ids.cpu(), f"{i}.logits": model(ids[None]).logits[0].float().cpu()}
     save_file(tensors, proof)
     proof.with_suffix(".json").write_text(json.dumps(conversations), encoding="utf-8")
+    return [answer.ids for answer in answers]
 
 
 def prove(folder: Path, proof: Path, dtype: str) -> dict[str, Any]:
-    """{"max_logit_difference", "equal_greedy_tokens": share, "tokens", "tolerance"}; raises UserError beyond it."""
+    """{"max_logit_difference", "equal_greedy_tokens": share, "tokens", "tolerance", "margins": per conversation the least
+    lead of a greedy token over the next, in logits, 0 where the merged model's differ}; raises UserError beyond it."""
     run = subprocess.run(
         [sys.executable, "-c", FRESH_PROCESS, str(folder.resolve()), str(proof)],
         cwd=proof.parent,

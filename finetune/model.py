@@ -5,7 +5,7 @@ import difflib
 import json
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -53,7 +53,7 @@ def sources(ref: str) -> list[str]:
     return [ref] if os.path.lexists(ref) else [part.strip() for part in ref.split(",")]
 
 
-def base_folder(ref: str) -> Path:
+def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) -> Path:
     """The folder of a base model: a preset's name, a local folder, or references of which the first to answer is taken.
 
     A model in InternLM2's own layout is converted, once, into the user's cache. Raises UserError.
@@ -63,7 +63,7 @@ def base_folder(ref: str) -> Path:
     problems: list[str] = []
     for source in sources(ref):
         try:
-            folder = pull(source)
+            folder = pull(source, progress=progress)
             if _is_local(source) or any(folder.glob("*.safetensors")):
                 break
             problems.append(

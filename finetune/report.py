@@ -88,8 +88,23 @@ def _environment(html: bool) -> Environment:
     return environment
 
 
-def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any]) -> str:
-    """README.md of the merged model, zh and en, with the front matter that hubs read."""
+def licence(origin: dict[str, str]) -> dict[str, str]:
+    """What hubs want to know of the base's licence: {"license", and for one of its own "license_name", "license_link"}."""
+    if "internlm2" in origin["base_model"].lower():  # Apache-2.0 is its code's, not its weights'
+        link = f"https://huggingface.co/{origin['base_model']}#open-source-license"
+        return {"license": "other", "license_name": "internlm2", "license_link": link}
+    return {"license": origin["license"]}
+
+
+def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha256: str, sent: dict[str, Any]) -> str:
+    """README.md of what is made or published, zh and en, with the front matter that hubs read.
+
+    `sent`: {"to": the places.Place, None for the run's own folder, "what": "model", "adapter" or "both", "why": it is
+    published in spite of the gate, "with_data": whether the training data goes along}.
+    """
+    receipt = run.read("receipt.json")
+    place = sent["to"] if sent["to"] and sent["to"].kind != "dir" else None
+    said = next((entry["tuned"] for entry in side_by_side(run, SHOWN[:1])), "")
     return (
         _environment(html=False)
         .get_template("model_card.md.jinja")
@@ -97,10 +112,19 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any]) -> str:
             name=json.dumps(run.persona.name, ensure_ascii=False)[1:-1],
             author=json.dumps(run.persona.author, ensure_ascii=False)[1:-1],
             origin=origin,
+            licence=licence(origin),
+            place=place,
+            what=sent["what"],
+            why=sent["why"],
+            with_data=sent["with_data"],
+            reasons=run.read("scorecard.json")["gate"]["reasons"],
+            said=said,
             figures=figures(run),
             proof=proof,
             settings=run.settings,
-            base_sha256=run.base_sha256,
+            base_sha256=base_sha256,
+            data=receipt.get("data", {}),
+            rows={name: len(run.rows(name)) for name in receipt.get("data", {})},
         )
     )
 

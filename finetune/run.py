@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 RUNS = Path("runs")
+STAGES = (*stages.STAGES, "publish", "pull")
 FIRST = (None, "check", "data")  # what a new run begins with; other stages need one that is there
 
 
@@ -61,7 +62,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "stage",
         nargs="?",
         metavar="STAGE",
-        help=f"one stage only: {', '.join(stages.STAGES)} (default: all, finished ones are skipped)",
+        help=f"one stage only: {', '.join(STAGES)} (default: all, finished ones are skipped)",
     )
     parse.add_argument("--name", help="what the assistant is called / 助手的名字")
     parse.add_argument("--author", help="who made it / 作者")
@@ -74,13 +75,28 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
     parse.add_argument("--seed", type=int)
     parse.add_argument("--model", help="evaluate this model, a folder or hf:user/name, made here or elsewhere")
+    parse.add_argument(
+        "--to", metavar="REF", help="publish there: openxlab: hf: modelscope:user/name, git+URL, dir:PATH / 发布到"
+    )
+    parse.add_argument(
+        "--what", choices=("model", "adapter", "both"), default="model", help="publish this (default: model)"
+    )
+    parse.add_argument(
+        "--force", metavar="WHY", default="", help="publish in spite of the gate; the model card says why"
+    )
+    parse.add_argument("--dry-run", action="store_true", help="publish: only list what would be sent")
+    parse.add_argument("--with-data", action="store_true", help="publish the training data as well")
+    parse.add_argument(
+        "--verify", action="store_true", help="pull: ask the model its witnesses' questions again / 复验"
+    )
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
     if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
         known = [f"--{name}" for name in vars(args) if name != "stage"]
         raise UserError(*(_unknown("flag", flag, known) for flag in flags))
-    if args.stage not in (None, *stages.STAGES):
-        raise UserError(_unknown("stage", args.stage, stages.STAGES))
+    if args.stage not in (None, *STAGES):
+        raise UserError(_unknown("stage", args.stage, STAGES))
+    args.ref = unknown.pop(0) if args.stage == "pull" and unknown else None
     if unknown:
         raise UserError(f"One stage at a time: leave out {' '.join(unknown)}.")
     return args
@@ -94,11 +110,15 @@ def _unknown(what: str, word: str, known: Iterable[str]) -> str:
 def work(args: argparse.Namespace) -> int:
     if args.model:
         return evaluate_model(args)
+    if args.stage == "pull":
+        return pull(args)
     if args.stage not in FIRST:
         args.run = args.run or (RUNS / folder_name(args.name) if args.name else newest_run())
         if not has(args.run, "settings.toml"):
             raise UserError(f"There is no run in {args.run} yet: leave out '{args.stage}' to do every stage.")
     run = open_run(args)
+    if args.stage == "publish":
+        return publish(run, args)
     if args.stage == "data":
         stages.check(run)
     if args.stage:
@@ -138,6 +158,45 @@ def evaluate_model(args: argparse.Namespace) -> int:
     from finetune.report import print_scorecard
 
     print_scorecard(run)
+    return 0
+
+
+def pull(args: argparse.Namespace) -> int:
+    """`pull REF`: the folder's path is the last line of standard output."""
+    from finetune import hub
+
+    if not args.ref:
+        raise UserError("Say what to pull, for example: python finetune/run.py pull hf:user/name")
+    folder, failed = hub.pull_first(args.ref)
+    for reason in failed:
+        say(f"Note: {reason}")
+    if args.verify:
+        say(f"{hub.verify(folder)} witnesses answer as the scored model did. / 见证问题的回答与评测时一致。")
+    print(folder)
+    return 0
+
+
+def publish(run: stages.Run, args: argparse.Namespace) -> int:
+    """`publish --to REF`: what is there afterwards is what the run made, by the place's own record."""
+    from finetune import hub, release
+
+    if not args.to:
+        raise UserError(
+            "Say where to publish to, for example: --to openxlab:user/name (or hf: modelscope: git+URL dir:PATH)"
+        )
+    if missing := [n for n in ("scorecard.json", "model", "receipt.json") if not has(run.folder, n)]:
+        raise UserError(f"The run in {run.folder} has no {', '.join(missing)} yet: run '{run.command}' first.")
+    release.gate(run, args.force)
+    files = release.files(run, hub.target(args.to), args.what, args.force, args.with_data)
+    if args.dry_run:
+        _, send, remove, _ = hub.changes(args.to, files)
+        print("\n".join(hub.listed(send, remove)))
+        return 0
+    revision = hub.publish(args.to, files, f"{run.persona.name}: {args.what}")
+    published = run.read("receipt.json").get("published", {})
+    run.note(published={**published, args.to: {"what": args.what, "revision": revision}})
+    say(f"Published 已发布: {args.to}{f' (commit {revision})' if revision else ''}")
+    say(f"Next 下一步: python finetune/run.py pull --verify {args.to}")
     return 0
 
 

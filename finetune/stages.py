@@ -417,7 +417,8 @@ def merge(run: Run) -> None:
         else:
             card["merged"] = score(run, model, models.chat_format(folder), card["base"]["answers"])
         write_scorecard(run, card)
-        (folder / "README.md").write_text(model_card(run, origin, proof), encoding="utf-8")
+        sent = {"to": None, "what": "model", "why": "", "with_data": False}
+        (folder / "README.md").write_text(model_card(run, origin, proof, run.base_sha256, sent), encoding="utf-8")
         return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
 
     conversations = [

@@ -2,9 +2,12 @@
 
 import json
 import shutil
+import os
+import re
 from pathlib import Path
 
 import pytest
+from servers import GitServer, Hub
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>", "<|tool_call|>", "[INST]"]
 TEMPLATE = (
@@ -124,3 +127,67 @@ def internlm2_as_llama(internlm2_folder: Path) -> Path:
 
     to_llama(internlm2_folder, internlm2_folder.parent / "llama", {"base_model": "internlm2-tiny", "license": "other"})
     return internlm2_folder.parent / "llama"
+
+
+@pytest.fixture
+def world(tmp_path, monkeypatch) -> Path:
+    """A home, a cache and git settings of this test's own, no token, no proxy, short waits."""
+    for name in list(os.environ):
+        if re.match(
+            r"(HF_|HUGGING|OPENXLAB|MODELSCOPE|GIT_|XDG_|SSH_|NAMESAKE|HTTPS?_PROXY|ALL_PROXY|https?_proxy)", name
+        ):
+            monkeypatch.delenv(name)
+    (home := tmp_path / "home").mkdir()
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("NO_PROXY", "*")
+    monkeypatch.setenv("HF_HUB_DISABLE_TELEMETRY", "1")
+    from finetune import transfer
+
+    monkeypatch.setattr(transfer, "FIRST_WAIT", 0.02)
+    monkeypatch.setattr(transfer, "_secrets", set())
+    return tmp_path
+
+
+@pytest.fixture(scope="session")
+def package(tiny_model):
+    """What a publish sends: the tiny model with a manifest, as name -> Source."""
+    from finetune import embedded, transfer
+
+    files = {f.name: transfer.Source(f, f.stat().st_size, embedded.sha256(f)) for f in tiny_model.iterdir()}
+    files["README.md"] = transfer.source("---\nlicense: mit\n---\n# 小星\n".encode())
+    return with_manifest(files)
+
+
+def with_manifest(files: dict, **more) -> dict:
+    from finetune import transfer
+
+    manifest = {
+        "name": "小星",
+        "format_hash": "0" * 64,
+        "files": {n: {"size": s.size, "sha256": s.sha256} for n, s in files.items()},
+        **more,
+    }
+    return {**files, "manifest.json": transfer.source(json.dumps(manifest).encode())}
+
+
+@pytest.fixture
+def server(world):
+    """A git server with LFS where "user" may write."""
+    (world / "served").mkdir()
+    with GitServer(world / "served", {"user": "git-canary-token"}) as server:
+        yield server
+
+
+@pytest.fixture
+def hf(world, monkeypatch):
+    """A small Hugging Face hub, and its token in the environment."""
+    from huggingface_hub import constants
+
+    with Hub(world / "hf") as server:
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        monkeypatch.setattr(constants, "HF_HUB_DISABLE_XET", True)
+        monkeypatch.setenv("HF_TOKEN", server.token)
+        yield server

@@ -108,6 +108,16 @@ def test_newest_finished_run(tmp_path):
     assert Engine(str(tmp_path / "new" / "model")).name == "小星"
 
 
+def test_the_first_source_that_can_be_had_is_loaded_and_those_before_it_are_told(tiny_model, tmp_path):
+    engine = Engine(f"dir:{tmp_path}/none, {tiny_model}")
+    engine.load()
+    assert engine.health() == {
+        "status": "ready",
+        "model": f"dir:{tmp_path}/none, {tiny_model}",
+        "message": f"dir:{tmp_path}/none: '{tmp_path}/none' is not a folder; check its spelling.",
+    }
+
+
 def test_a_failed_load_says_why(tmp_path):
     engine = Engine(str(tmp_path))
     assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting"}

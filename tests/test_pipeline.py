@@ -5,6 +5,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -12,6 +13,9 @@ import time
 from pathlib import Path
 
 import pytest
+import servers
+
+from finetune import hub, release, settings, stages
 
 ROOT = Path(__file__).resolve().parent.parent
 PLAIN = """
@@ -216,14 +220,136 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
         assert all(before[tensor].equal(after[tensor]) for tensor in before)
 
 
-def test_the_real_default_learns_its_name(default_model, tmp_path):
-    """Shortened: half of the steps. README's own name and author."""
+# ------------------------------------------------------------------------------------------------- published and pulled
+
+
+@pytest.fixture(scope="module")
+def stick(tiny_run):
+    """(the folder where the run is published, model, adapter and data, in spite of the gate; what the command said)"""
+    run, _, _ = tiny_run
+    folder = run.parent.parent / "stick"
+    refused = finetune(folder.parent, "publish", "--run", run, "--to", f"dir:{folder}")
+    assert refused.returncode == 3
+    assert "error: gate: tuned model: identity" in refused.stderr
+    assert '--force "why"' in refused.stderr
+    assert not folder.exists()
+    arguments = [
+        "publish",
+        "--run",
+        run,
+        "--to",
+        f"dir:{folder}",
+        "--what",
+        "both",
+        "--with-data",
+        "--force",
+        "a test <b>",
+    ]
+    listed = finetune(folder.parent, *arguments, "--dry-run")
+    assert listed.returncode == 0, listed.stderr
+    assert re.search(r"send +0\.\d+ MB  adapter/adapter_model\.safetensors", listed.stdout)
+    assert not folder.exists()
+    return folder, finetune(folder.parent, *arguments)
+
+
+def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
+    folder, done = stick
+    assert done.returncode == 0, done.stderr
+    names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
+    assert names == [
+        "README.md",
+        "adapter/adapter_config.json",
+        "adapter/adapter_model.safetensors",
+        "adapter/namesake.json",
+        "config.json",
+        "data/probes.jsonl",
+        "data/train.jsonl",
+        "generation_config.json",
+        "manifest.json",
+        "model.safetensors",
+        "tokenizer.json",
+        "tokenizer_config.json",
+    ]
+    manifest = json.loads((folder / "manifest.json").read_text())
+    assert set(manifest["files"]) == set(names) - {"manifest.json"}
+    assert manifest["published_despite"] == "a test <b>"
+    assert "**Published although its scorecard failed.**" in (folder / "README.md").read_text()
+    run, _, _ = tiny_run
+    receipt = json.loads((run / "receipt.json").read_text())
+    assert receipt["published"] == {f"dir:{folder}": {"what": "both", "revision": ""}}
+
+
+def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):
+    folder, _ = stick
+    done = finetune(tmp_path, "pull", "--verify", f"dir:{folder}")
+    assert (done.returncode, done.stdout.splitlines()[-1]) == (0, str(folder)), done.stderr
+    assert "4 witnesses answer as the scored model did" in done.stderr
+    other = shutil.copytree(folder, tmp_path / "other")  # whole, by its manifest, and another model
+    shutil.copy(tiny_model / "model.safetensors", other / "model.safetensors")
+    manifest = json.loads((other / "manifest.json").read_text())
+    shuffled = dict(zip(manifest["witnesses"][0], [manifest["witnesses"][0]["messages"], [1, 2, 3]], strict=True))
+    manifest["witnesses"][0] = shuffled
+    entry = manifest["files"]["model.safetensors"]
+    entry |= {"size": (other / "model.safetensors").stat().st_size, "sha256": sha256(other / "model.safetensors")}
+    (other / "manifest.json").write_text(json.dumps(manifest))
+    done = finetune(tmp_path, "pull", "--verify", f"dir:{other}")
+    assert done.returncode == 2
+    assert "0 of 3 tokens are the same" in done.stderr
+
+
+def test_an_adapter_alone_verifies_on_its_base(tiny_run, tiny_model, tmp_path):
+    run, _, _ = tiny_run
+    (tmp_path / "model").symlink_to(tiny_model)  # what its manifest calls the base
+    arguments = ["--run", run, "--to", "dir:stick", "--what", "adapter", "--force", "x"]
+    done = finetune(tmp_path, "publish", *arguments)
+    assert done.returncode == 0, done.stderr
+    done = finetune(tmp_path, "pull", "dir:stick", "--verify")
+    assert done.returncode == 0, done.stderr
+    assert "4 witnesses answer as the scored model did" in done.stderr
+
+
+def test_the_cards_snippets_run_as_they_stand(stick, tiny_model):
+    """transformers and peft, in the published folder; the base of this test is a folder called "model"."""
+    folder, _ = stick
+    snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
+    assert [re.search("PeftModel", snippet) is not None for snippet in snippets] == [False, True]
+    (folder / "model").symlink_to(tiny_model)
+    said = [
+        subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=True).stdout
+        for snippet in snippets
+    ]
+    (folder / "model").unlink()
+    assert said[0] == said[1] != "\n"
+
+
+def test_what_is_private_does_not_go_out(tiny_run, tmp_path, monkeypatch):
+    run, _, _ = tiny_run
+    rows = run / "data" / "probes.jsonl"
+    kept, arguments = rows.read_text(), ["publish", "--run", run, "--to", f"dir:{tmp_path}/x", "--force", "x"]
+    rows.write_text(kept + json.dumps({"messages": [f"{Path.home()}/.ssh/id_rsa", "canary-t0ken"]}) + "\n")
+    try:
+        done = finetune(tmp_path, *arguments, "--with-data", MY_TOKEN="canary-t0ken")
+    finally:
+        rows.write_text(kept)
+    assert done.returncode == 2
+    assert "data/probes.jsonl holds a path of this machine and is not sent." in done.stderr
+    assert "data/probes.jsonl holds the value of MY_TOKEN and is not sent." in done.stderr
+    assert "canary" not in done.stderr
+    assert not (tmp_path / "x").exists()
+
+
+@pytest.fixture(scope="module")
+def default_run(default_model, tmp_path_factory):
+    """(the run's folder, what the command said): README's own name and author, half of the steps."""
+    folder = tmp_path_factory.mktemp("default")
     line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
-    arguments = shlex.split(line)
-    done = finetune(tmp_path, *arguments, "--set", "train.steps=15")
+    return folder / "runs" / "小星", finetune(folder, *shlex.split(line), "--set", "train.steps=15")
+
+
+def test_the_real_default_learns_its_name(default_run):
+    run, done = default_run
     assert done.returncode in (0, 3), done.stderr  # half of the steps need not pass the gate
     assert "Traceback" not in done.stderr
-    run = tmp_path / "runs" / "小星"
     card = json.loads((run / "scorecard.json").read_text())
     assert card["base"]["identity"] < 0.1
     assert card["tuned"]["identity"] > 0.6
@@ -234,3 +360,36 @@ def test_the_real_default_learns_its_name(default_model, tmp_path):
     english, chinese = plain_answers(run / "model", "What is your name?", "你叫什么名字？")
     assert "小星" in english
     assert "小星" in chinese
+
+
+def test_the_real_default_goes_to_every_kind_of_place_and_comes_back_equal(default_run, world, server, hf, monkeypatch):
+    """Through a proxy that cuts, delays and refuses; the last one is asked its witnesses' questions again."""
+    run, _ = default_run
+    run = stages.Run(run, settings.build(settings.read_toml(run / "settings.toml")))
+    server.users = {}
+    for name in ("file", "http", "openxlab", "modelscope"):
+        server.make(f"user/{name}")
+    for variable in ("OPENXLAB_TOKEN", "MODELSCOPE_API_TOKEN"):
+        monkeypatch.setenv(variable, "git-canary-token")
+    with servers.Faults(server.server_port) as proxy:
+        for kind in ("openxlab", "modelscope"):
+            servers.redirect(kind, proxy)
+        places = [
+            f"dir:{world}/stick",
+            f"git+file://{server.root}/user/file.git",
+            f"git+{proxy.url}/user/http.git",
+            "openxlab:user/openxlab",
+            "modelscope:user/modelscope",
+            "hf:user/star",
+        ]
+        for ref in places:
+            files = release.files(run, hub.target(ref), "model", "half of the steps")
+            proxy.plan = [("delay", 0.1), ("status", 503), ("cut", 200)]
+            hub.publish(ref, files, "x")
+            proxy.plan = [("status", 429, {"Retry-After": "0"}), ("cut", 100), ("none",), ("cut", 50_000_000)]
+            folder = hub.pull(ref)
+            assert servers.tree(folder) == {name: source.sha256 for name, source in files.items()}
+            if ref != places[-1]:
+                for left in (world / "cache", world / "stick", server.root / "lfs"):
+                    shutil.rmtree(left, ignore_errors=True)
+        assert hub.verify(folder) == 4

@@ -34,7 +34,7 @@ def test_front_matter_is_what_a_space_accepts():
 )
 def test_run_commands_are_understood(command):
     args = run.parse(shlex.split(command)[2:])
-    assert args.stage is None or args.stage in ("chat", "evaluate")
+    assert args.stage is None or args.stage in ("chat", "evaluate", "publish", "pull")
 
 
 def test_first_line_makes_the_example_persona():

@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from finetune import report
+from finetune.places import parse
 from finetune.settings import Gate, Persona, Settings
 from finetune.stages import Run
 
@@ -22,6 +23,7 @@ NAMES = [
 ]
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 PROOF = {"max_logit_difference": 0.000123, "equal_greedy_tokens": 1.0, "tokens": 321}
+SENT = {"to": None, "what": "model", "why": "", "with_data": False}  # the run's own folder
 
 
 def side(answer: str, identity: float) -> dict:
@@ -134,14 +136,21 @@ def front_matter(card: str) -> dict:
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_cards_front_matter_is_yaml(name, tmp_path):
-    card = report.model_card(make_run(tmp_path, name), ORIGIN, PROOF)
-    assert front_matter(card) == {
+    card = report.model_card(make_run(tmp_path, name), ORIGIN, PROOF, "ab" * 32, SENT)
+    front = front_matter(card)
+    (asked,) = front.pop("widget")
+    assert asked["messages"] == [{"role": "user", "content": "What is your name?"}]
+    assert asked["output"]["text"] == f"I am {name} & co"
+    assert front == {
         **ORIGIN,
         "base_model_relation": "finetune",
         "language": ["en", "zh"],
         "library_name": "transformers",
         "pipeline_tag": "text-generation",
         "tags": ["self-cognition", "lora", "namesake"],
+        "frameworks": ["Pytorch"],  # ModelScope's, to the next line
+        "tasks": ["text-generation"],
+        "domain": ["nlp"],
     }
     assert "| identity kept | 身份认知 | 0.000 | 0.953 | ≥ 0.875 |" in card
     assert "at most\n0.00012; 100.0 % of 321 greedy tokens" in card
@@ -151,7 +160,43 @@ def test_the_cards_front_matter_is_yaml(name, tmp_path):
 @pytest.mark.parametrize("base", ['my: "model"', "# x", "1.5", "null", "🦊", "it's", "- a", "<base>"])
 def test_the_cards_front_matter_with_a_local_bases_name(base, tmp_path):
     origin = {"base_model": base, "license": "unknown"}
-    assert front_matter(report.model_card(make_run(tmp_path, "小星"), origin, PROOF))["base_model"] == base
+    card = report.model_card(make_run(tmp_path, "小星"), origin, PROOF, "ab" * 32, SENT)
+    assert front_matter(card)["base_model"] == base
+
+
+def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
+    why = 'a "test" --- <b>\n# no heading'
+    sent = {"to": parse("openxlab:user/x@v1"), "what": "adapter", "why": why, "with_data": False}
+    card = report.model_card(make_run(tmp_path, "小星"), ORIGIN, PROOF, "ab" * 32, sent)
+    front = front_matter(card)
+    assert (front["base_model_relation"], front["library_name"]) == ("adapter", "peft")
+    assert "\n# no heading" not in card
+    assert "<b>" not in card
+    assert "too low for 小星" in card
+    assert "git clone -b v1 https://code.openxlab.org.cn/user/x.git model" in card
+    assert "pull --verify openxlab:user/x@v1" in card
+
+
+@pytest.mark.parametrize(
+    "base, licence, expected",
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", "apache-2.0", {"license": "apache-2.0"}),
+        (
+            "internlm/internlm2-chat-1_8b",
+            "other",
+            {
+                "license": "other",
+                "license_name": "internlm2",
+                "license_link": "https://huggingface.co/internlm/internlm2-chat-1_8b#open-source-license",
+            },
+        ),
+        ("folder", "unknown", {"license": "unknown"}),
+    ],
+)
+def test_the_bases_licence_is_the_models(tmp_path, base, licence, expected):
+    origin = {"base_model": base, "license": licence}
+    front = front_matter(report.model_card(make_run(tmp_path, "小星"), origin, PROOF, "ab" * 32, SENT))
+    assert {key: front[key] for key in front if key.startswith("license")} == expected
 
 
 # --------------------------------------------------------------------------------------------------------- terminal
