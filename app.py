@@ -18,14 +18,14 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.embedded import NAME as DEFAULT_MODEL
 from finetune.embedded import say
-from finetune.engine import Engine
+from finetune.engine import Engine, Request, pieces
 from finetune.errors import UserError
 
 CHINESE = {
@@ -41,6 +41,9 @@ GRADIO_CHINESE = {  # strings of Gradio's own that its Chinese lacks
     "chatbot.copy_message": "复制",
     "chatbot.copied_message": "已复制",
 }
+VISITORS = 100  # whose answers are written or waited for at once
+WAITING = "*Many are asking just now: {} before you.*"
+CHINESE[WAITING] = "*当前提问较多，您前面还有 {} 位。*"
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
 CSS = """
 .gradio-container .main { max-width: 900px !important; margin: auto }
@@ -86,26 +89,33 @@ def import_gradio() -> Any:
     return gradio
 
 
-def build(engine: Engine) -> Any:
-    """The page as a FastAPI app; starts nothing."""
+def build(engine: Engine, key: str | None = None, open_api: bool = False, origins: Sequence[str] = ()) -> Any:
+    """The page and the API (see `finetune.api.add_routes`) as a FastAPI app; starts nothing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = import_gradio()
+    import anyio
     from fastapi import FastAPI
+
+    from finetune import api
 
     chinese = CHINESE | GRADIO_CHINESE
     i18n = gr.I18n(**{"en": {text: text for text in CHINESE}, "zh-CN": chinese, "zh-TW": chinese})
     # Gradio's own choice of weights, 400 and 600, has no Latin letters in 600.
     font = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
 
+    def text(request: gr.Request, english: str) -> str:
+        return (CHINESE if request.headers.get("accept-language", "").lower().startswith("zh") else {}).get(
+            english, english
+        )
+
     def view(request: gr.Request) -> list[Any]:
         """What is to be seen now: [name, status, chat, timer]."""
-        texts = CHINESE if request.headers.get("accept-language", "").lower().startswith("zh") else {}
         if engine.status == "failed":
-            title, text = "The model could not be loaded", engine.message
+            title, words = "The model could not be loaded", engine.message
         else:
-            title, text = engine.message, "The chat opens by itself. The first start takes a little longer."
+            title, words = engine.message, "The chat opens by itself. The first start takes a little longer."
         seconds = f" … {time.monotonic() - engine.began:.0f} s" if engine.status == "loading" else ""
-        status = f"<b>{texts.get(title, title)}{seconds}</b><p>{html.escape(texts.get(text, text))}</p>"
+        status = f"<b>{text(request, title)}{seconds}</b><p>{html.escape(text(request, words))}</p>"
         ready = engine.status == "ready"
         return [
             f"<h1>{html.escape(engine.name)}</h1>",
@@ -117,7 +127,7 @@ def build(engine: Engine) -> Any:
     def warn(sentence: str) -> None:
         gr.Warning(html.escape(sentence))  # a gr.Error would cover the whole chat until it is clicked away
 
-    def reply(history: list[dict]) -> Iterator[list[dict]]:
+    def reply(history: list[dict], request: gr.Request) -> Iterator[list[dict]]:
         """Streams the answer to the last message into the chat. Gradio closes this generator on Stop and when the tab is
         closed, and with it the decoder."""
         if not history or history[-1]["role"] != "user":  # cleared meanwhile
@@ -125,12 +135,13 @@ def build(engine: Engine) -> Any:
             return
         answer, sent = "", 0.0
         try:
-            with closing(
-                engine.answer([{"role": m["role"], "content": text_of(m["content"])} for m in history])
-            ) as pieces:
-                for piece in pieces:
-                    answer += piece
-                    if time.monotonic() - sent > 0.05:  # more often only costs time
+            messages = engine.trim([{"role": m["role"], "content": text_of(m["content"])} for m in history])
+            with closing(pieces(engine, Request(messages, owner=request.session_hash))) as found:
+                for piece in found:
+                    answer += piece.text
+                    if piece.ahead and not answer:
+                        yield [*history, message("assistant", text(request, WAITING).format(piece.ahead))]
+                    elif answer and time.monotonic() - sent > 0.05:  # more often only costs time
                         yield [*history, message("assistant", answer)]
                         sent = time.monotonic()
             yield [*history, message("assistant", answer)]
@@ -193,7 +204,7 @@ def build(engine: Engine) -> Any:
         turn, timer = gr.Number(0, visible="hidden"), gr.Timer(1)
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on([page.load, timer.tick], view, None, [name, status, chat, timer], **quiet)
-        answering = turn.change(reply, chatbot, chatbot, concurrency_limit=1, api_visibility="private")
+        answering = turn.change(reply, chatbot, chatbot, concurrency_limit=VISITORS, api_visibility="private")
         answering.then(idle, None, box, **quiet)
         # First of each trigger's events: Gradio runs them one after the other, and would stop the new answer as well.
         asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
@@ -206,8 +217,10 @@ def build(engine: Engine) -> Any:
         chatbot.clear(lambda: ([], idle()), None, [chatbot, box], **quiet)
         box.stop(idle, None, box, **quiet)
 
+    page.limiter = anyio.CapacityLimiter(2 * VISITORS)  # an answer that is waited for holds a thread
     app = FastAPI(openapi_url=None)
     app.get("/health")(engine.health)
+    api.add_routes(app, engine, key=key, open_to_all=open_api, origins=list(origins))
     return gr.mount_gradio_app(
         app,
         page,
@@ -239,6 +252,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adapter", default=env("ADAPTER"), help="an adapter made for that model")
     parser.add_argument("--host", default=env("GRADIO_SERVER_NAME", "0.0.0.0"))  # noqa: S104
     parser.add_argument("--port", type=int, default=int(env("GRADIO_SERVER_PORT") or env("PORT") or 7860))
+    parser.add_argument(
+        "--engine", default=env("ENGINE"), help="URL of an OpenAI-compatible server that decodes instead"
+    )
+    parser.add_argument(
+        "--open-api", action="store_true", help="/v1 for everybody; with API_KEY=... it asks for that key"
+    )
+    parser.add_argument("--api-origin", action="append", default=(env("API_ORIGINS") or "").split(), metavar="ORIGIN",
+                        help="of a page whose scripts may call /v1; may be given again")  # fmt: skip
     args = parser.parse_args(arguments)
     newest = None if args.adapter else newest_run()
     engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
@@ -251,13 +272,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     say(f"{engine.ref}: http://localhost:{args.port}")
-    serve(engine, listener)
+    serve(engine, listener, key=env("API_KEY"), open_api=args.open_api, origins=args.api_origin)
     return 0
 
 
-def serve(engine: Engine, listener: socket.socket) -> None:
+def serve(engine: Engine, listener: socket.socket, **api: Any) -> None:
     """Serve the page until Ctrl-C."""
-    app = build(engine)
+    app = build(engine, **api)
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))
