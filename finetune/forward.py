@@ -53,7 +53,7 @@ class Forward:
             shape, dtype=model.dtype, device=self.device
         )  # on a CPU takes memory where it is written
         self.head = _linear([model.get_output_embeddings()], fast)
-        lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "use_sliding_window", False)
+        lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
         self.layers = [self._lean(layer, fast) for layer in model.base_model.layers] if lean else None
 
     def copy(self, start: int, target: int, tokens: int) -> None:
@@ -95,6 +95,10 @@ class Forward:
         for layer in self.layers:
             hidden = layer(hidden, *turn)
         return _norm(core.norm)(hidden[last])
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        return self.head(states)
 
     def _lean(self, layer: nn.Module, fast: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """transformers' decoder layer with a third of its calls: on a small model they cost as much as the arithmetic."""

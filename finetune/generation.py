@@ -131,8 +131,7 @@ class Decoder:
         if not read:
             return []
         states = states[[i for i, _ in read]]
-        with torch.inference_mode():
-            tokens = self.pick(self.forward.head(states), [(row.sampling, row.random) for _, row in read])
+        tokens = self.pick(self.forward.logits(states), [(row.sampling, row.random) for _, row in read])
         steps = []
         for (_, row), token, state in zip(read, tokens, states, strict=True):
             row.ids.append(token)

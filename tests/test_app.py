@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import app
-from finetune.engine import Engine, fit
+from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -110,7 +110,7 @@ def test_newest_finished_run(tmp_path):
 
 def test_a_failed_load_says_why(tmp_path):
     engine = Engine(str(tmp_path))
-    assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting"}
+    assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting", "runs_on": ""}
     engine.load()
     health = engine.health()
     assert health["status"] == "failed"
@@ -121,6 +121,7 @@ def test_a_failed_load_says_why(tmp_path):
         "status": "failed",
         "model": "no such model",
         "message": "'no such model' is neither a folder nor a repo reference such as hf:user/name; check its spelling.",
+        "runs_on": "",
     }
 
 
@@ -128,6 +129,7 @@ def test_an_adapter_is_loaded_onto_its_base_and_no_other(tiny_model, tmp_path):
     import torch
 
     from finetune import model
+    from finetune.forward import Span
 
     tuned = model.add_lora(model.load(tiny_model), rank=2)
     for name, weight in tuned.named_parameters():
@@ -142,7 +144,8 @@ def test_an_adapter_is_loaded_onto_its_base_and_no_other(tiny_model, tmp_path):
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         unmerged = model.load_adapter(model.load(tiny_model), tmp_path / "adapter", tiny_model)
-        found, expected, base = (m(ids).logits.float() for m in (engine.model, unmerged, model.load(tiny_model)))
+        expected, base = (m(ids).logits[0, -1] for m in (unmerged, model.load(tiny_model)))
+        found = engine.decoder.forward.logits(engine.decoder.forward([Span(0, 0, ids[0].tolist())]))[0]
     assert (found - expected).abs().max() < 0.1 * (base - expected).abs().max()
 
     record["base_sha256"] = "0"
@@ -171,23 +174,19 @@ class ScriptedEngine(Engine):
 
     def load(self):
         super().load()
-        self.pick = self.scripted
+        self.decoder.pick = self.scripted
+        self.answers = {}
 
-    def scripted(self):
-        import torch
+    def scripted(self, logits, rows):
+        self.steps += 1
+        time.sleep(self.delay)
+        for _, row in rows:  # each conversation's own source of chance: it tells them apart
+            self.answers.setdefault(row, iter(self.form.tokenizer.encode(self.script).ids))
+        return [next(self.answers[row], self.form.stop_ids[0]) for _, row in rows]
 
-        tokens = iter(self.form.tokenizer.encode(self.script).ids)
-
-        def pick(logits):
-            self.steps += 1
-            time.sleep(self.delay)
-            return torch.tensor([next(tokens, self.form.stop_ids[0])])
-
-        return pick
-
-    def answer(self, messages):
-        self.asked = messages
-        return super().answer(messages)
+    def submit(self, request, listener):
+        self.asked = request.messages
+        return super().submit(request, listener)
 
     def says(self, script, delay=0.0):
         self.script, self.delay = script, delay
@@ -467,6 +466,7 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
             "status": "loading",
             "model": "some/model",
             "message": "Fetching the model",
+            "runs_on": "",
         }
         page = visit(url, wait_for="text=/Fetching the model … \\d+ s/")
         chinese = visit(url, wait_for="text=/正在获取模型 … \\d+ s/", locale="zh-CN")
@@ -474,7 +474,8 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
         assert not page.locator("#box").is_visible()
         waiting.message = "Loading the model"
         page.get_by_text("Loading the model").wait_for()
-        waiting.answer = lambda messages: (piece for piece in ("Here ", "I am."))
+        engine.says("Here I am.")
+        waiting.submit, waiting.trim = engine.submit, engine.trim
         waiting.name, waiting.status, waiting.message = "Orivane", "ready", ""
         for each in (page, chinese):
             each.locator("#box textarea").wait_for()
@@ -482,7 +483,12 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
             assert each.locator("h1").inner_text() == "Orivane"
         send(page, "hi")
         sees(page, ("user", "hi"), ("bot", "Here I am."))
-        assert json.loads(get(url + "/health")) == {"status": "ready", "model": "some/model", "message": ""}
+        assert json.loads(get(url + "/health")) == {
+            "status": "ready",
+            "model": "some/model",
+            "message": "",
+            "runs_on": "",
+        }
 
 
 def test_the_page_tells_why_it_failed(visit, tmp_path):
@@ -497,6 +503,7 @@ def test_the_page_tells_why_it_failed(visit, tmp_path):
             "status": "failed",
             "model": "some/model",
             "message": broken.message,
+            "runs_on": "",
         }
 
 
@@ -511,7 +518,9 @@ def test_the_command(tiny_model, visit):
         page = visit(url)  # at once: the chat opens when the model is there
         send(page, "Who are you?")
         until(lambda: len(talk(page)) == 2 and talk(page)[1][1] and idle(page), "an answer")
-        assert json.loads(get(url + "/health")) == {"status": "ready", "model": str(tiny_model), "message": ""}
+        health = json.loads(get(url + "/health"))
+        assert (health["status"], health["model"]) == ("ready", str(tiny_model))
+        assert re.fullmatch(r"CPU, \d+ threads, float\d+ weights.*\.", health["runs_on"])
         assert "Traceback" not in get(url)
     finally:
         process.send_signal(signal.SIGINT)
@@ -520,8 +529,8 @@ def test_the_command(tiny_model, visit):
 
 
 def test_closing_the_answer_stops_the_decoder(engine):
-    engine.says("All the world's a stage")
-    began = engine.steps
-    with closing(engine.answer([{"role": "user", "content": "?"}])) as pieces:
-        assert [next(pieces), next(pieces)] == ["A", "l"]
-    assert engine.steps == began + 2
+    engine.says("All the world's a stage", delay=0.05)
+    with closing(pieces(engine, Request([{"role": "user", "content": "?"}]))) as found:
+        assert [next(found).text, next(found).text] == ["A", "l"]
+    until(lambda: not engine.decoder.rows, "the decoder's end")
+    assert engine.has_stopped()
