@@ -32,6 +32,7 @@ CHINESE = {
     "Starting": "正在启动",
     "Fetching the model": "正在获取模型",
     "Loading the model": "正在加载模型",
+    "Asking the engine": "正在连接推理服务",
     "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
     "The model could not be loaded": "模型加载失败",
     "Type a message": "输入消息",
@@ -262,7 +263,12 @@ def main(arguments: list[str] | None = None) -> int:
                         help="of a page whose scripts may call /v1; may be given again")  # fmt: skip
     args = parser.parse_args(arguments)
     newest = None if args.adapter else newest_run()
-    engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
+    if args.engine:
+        from finetune.remote import Remote
+
+        engine: Engine = Remote(args.engine, args.model or newest, env("ENGINE_KEY"))
+    else:
+        engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
     try:
         # The port is open from here on; whoever comes before the page is ready waits a second or two for its answer.
         listener = socket.create_server((args.host, args.port), backlog=128)

@@ -23,7 +23,7 @@ HEARTBEAT = 0.5  # seconds after which who waits hears something
 
 
 class Busy(UserError):
-    """Too many are asking."""
+    """It cannot be answered now, and may be later."""
 
 
 class Request(NamedTuple):
@@ -195,7 +195,7 @@ class Engine:
         sentence = "The machine is out of memory" if memory else "The decoder failed; the server's log says why"
         for row, hear in list(self.listeners.items()):
             self.decoder.cancel(row)
-            hear(None, True, UserError(f"{sentence}. Send the message again, or a shorter one."))
+            hear(None, True, Busy(f"{sentence}. Send the message again, or a shorter one."))
         self.listeners.clear()
 
 
