@@ -44,10 +44,13 @@ class Remote(Engine):
 
     def _load(self) -> None:
         self.message = "Asking the engine"
-        found = self._ask("GET", "/v1/models")["data"]
-        if not found:
-            raise UserError(f"The engine at {self.url} serves no model.")
-        served = next((model for model in found if self.ref in (model["id"], model.get("root"))), found[0])
+        found, ref = self._ask("GET", "/v1/models")["data"], self.ref
+        named = [model for model in found if ref in (model["id"], model.get("root"))]
+        if ref == self.url and len(found) != 1:
+            names = ", ".join(model["id"] for model in found) or "none"
+            raise UserError(f"The engine at {self.url} serves {names}: say which one with --model.")
+        # Of several, the one asked for: transformers serve lists what lies in its cache, and loads what it is asked for.
+        served = named[0] if named else found[0] if len(found) == 1 else {"id": ref}
         self.served = served["id"]
         self.context = served.get("max_model_len") or (served.get("meta") or {}).get("n_ctx_train") or 0
         self.name = assistant_name(Path(self.ref)) or self.name if self.ref != self.url else Path(self.served).name

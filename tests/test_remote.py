@@ -26,7 +26,7 @@ ASK = [{"role": "user", "content": "Who are you?"}]
 LLAMA_CPP = """
 import sys, time, xllamacpp
 given = xllamacpp.CommonParams()
-given.model.path, given.hostname, given.port = sys.argv[1], "127.0.0.1", int(sys.argv[2])
+given.model.path, given.hostnames, given.port = sys.argv[1], ["127.0.0.1"], int(sys.argv[2])
 given.n_ctx, given.n_parallel, given.cpuparams.n_threads = 2048, 2, 1
 server = xllamacpp.Server(given)
 sys.stdin.read()  # until the test closes it
@@ -39,10 +39,10 @@ def free_port():
 
 
 @contextmanager
-def running(command, port, ready):
+def running(command, port, ready, **env):
     process = subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "no_proxy": "*"},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "no_proxy": "*", **env},
     )  # fmt: skip
 
     def answers():
@@ -62,11 +62,11 @@ def running(command, port, ready):
 
 
 @pytest.fixture(scope="module")
-def transformers_serve(tiny_model):
-    port = free_port()
+def transformers_serve(tiny_model, tmp_path_factory):
+    port, cache = free_port(), tmp_path_factory.mktemp("cache")  # it lists what lies there: nothing
     command = [sys.executable, "-m", "transformers.cli.transformers", "serve", str(tiny_model)]
     command += ["--host", "127.0.0.1", "--port", str(port), "--device", "cpu", "--dtype", "float32"]
-    with running(command, port, "/health") as url:
+    with running(command, port, "/health", HF_HUB_CACHE=str(cache)) as url:
         yield url
 
 
@@ -79,7 +79,7 @@ def llama_cpp(tmp_path_factory):
 
 
 def remote(url, ref):
-    engine = Remote(url, ref and str(ref))
+    engine = Remote(url, str(ref))
     engine.load()
     assert engine.status == "ready", engine.message
     return engine
