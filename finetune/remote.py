@@ -99,7 +99,8 @@ class Remote(Engine):
         """The prompt's ids by the server's template; None where the server does not tell."""
         try:
             asked = {"model": self.served, "messages": talk, "add_generation_prompt": True}
-            return self._ask("POST", "/tokenize", asked)["tokens"]  # vLLM
+            if found := self._ask("POST", "/tokenize", asked)["tokens"]:  # vLLM; llama.cpp looks for "content"
+                return found
         except (UserError, KeyError):
             pass
         try:  # llama.cpp

@@ -117,12 +117,13 @@ def test_another_template_is_said(transformers_serve, tiny_model, tmp_path, caps
     (other / "chat_template.jinja").unlink(missing_ok=True)
     (other / "tokenizer_config.json").write_text(json.dumps({**config, "chat_template": form.template}))
     assert chat_format(other).default_system == "You are Bob."
-    engine = remote(transformers_serve, other)
+    engine = remote(transformers_serve, tiny_model)
+    engine.form = chat_format(other)
+    words = engine.compare()
     plain = len(chat_format(tiny_model).prompt([{"role": "user", "content": "Who are you? 你是谁？"}]))
     own = len(form.prompt([{"role": "user", "content": "Who are you? 你是谁？"}]))
-    words = f"Its template differs from this model's own format: {plain} ids instead of {own} for"
-    assert words in engine.runs_on
-    assert "are written by the server's template, which may cost the name." in engine.runs_on  # it takes no ids
+    assert words.startswith(f"Its template differs from this model's own format: {plain} ids instead of {own} for")
+    assert words.endswith("are written by the server's template, which may cost the name.")  # it takes no ids
     assert f"Note: {words}" in capsys.readouterr().err
     assert said(engine, max_tokens=4)[0]
 
