@@ -19,6 +19,7 @@ from finetune.errors import UserError
 
 ANSWER_TOKENS = 512  # at most, where nobody asks for more or less, and at most a quarter of the model's context
 WAITING = 128  # conversations that wait for the decoder; who comes then is told to come back
+CHARACTERS = 32  # in a message, for each token of the context: hardly a token has as many
 HEARTBEAT = 0.5  # seconds after which who waits hears something
 
 
@@ -104,7 +105,15 @@ class Engine:
 
     def trim(self, messages: Sequence[Message]) -> Sequence[Message]:
         """The newest whole turns that fit. Raises UserError when the last one alone does not."""
+        self.check_length(len(messages[-1]["content"]))
         return fit(messages, lambda kept: len(self.form.prompt(kept)), self.context - self.reserved())
+
+    def check_length(self, characters: int) -> None:
+        """Raises UserError for what is too long even to be counted in tokens, which takes a second per million."""
+        if characters > (most := CHARACTERS * self.context):
+            raise UserError(
+                f"The message is too long: {characters} characters, and {most} fit. Shorten it and send it again."
+            )
 
     def reserved(self) -> int:
         """Tokens of an answer whose length nobody asked for."""
@@ -116,6 +125,7 @@ class Engine:
             raise Busy(self.message if self.status == "failed" else "The model is still loading; try again soon.")
         if len(self.decoder.waiting) + self.inbox.qsize() >= WAITING:
             raise Busy(f"{WAITING} conversations are waiting already; try again in a minute.")
+        self.check_length(sum(len(message["content"]) for message in request.messages))
         prompt = self.form.prompt(request.messages)
         most = request.max_tokens or min(self.reserved(), self.context - len(prompt))
         if most <= 0 or len(prompt) + most > self.context:
@@ -171,21 +181,17 @@ class Engine:
         idle = True
         while True:
             try:
-                while True:
-                    call = self.inbox.get(block=idle)
-                    if call is None:
+                while idle or not self.inbox.empty():
+                    if (call := self.inbox.get()) is None:
                         return
                     call()
                     idle = False
-            except queue.Empty:
-                pass
-            try:
                 for step in self.decoder.step():
                     if step.row in self.listeners and self.listeners[step.row](step.token, step.done):
                         del self.listeners[step.row]
                         if not step.done:  # one of the texts that end it was said
                             self.decoder.cancel(step.row)
-            except Exception as error:
+            except Exception as error:  # nobody may wait for ever; the next ones are answered again
                 self._fail(error)
             idle = not (self.decoder.rows or self.decoder.waiting)
 
@@ -193,10 +199,10 @@ class Engine:
         traceback.print_exc()
         memory = "memory" in str(error).lower()  # torch says so in several classes
         sentence = "The machine is out of memory" if memory else "The decoder failed; the server's log says why"
-        for row, hear in list(self.listeners.items()):
+        while self.listeners:
+            row, hear = self.listeners.popitem()
             self.decoder.cancel(row)
             hear(None, True, Busy(f"{sentence}. Send the message again, or a shorter one."))
-        self.listeners.clear()
 
 
 class Text:
@@ -244,7 +250,12 @@ def pieces(engine: Engine, request: Request) -> Iterator[Piece]:
 async def pieces_async(engine: Engine, request: Request) -> AsyncIterator[Piece]:
     """The same for an event loop, without the empty pieces."""
     loop, heard = asyncio.get_running_loop(), asyncio.Queue()
-    ticket = engine.submit(request, lambda piece: loop.call_soon_threadsafe(heard.put_nowait, piece))
+
+    def tell(piece: Piece) -> None:
+        if not loop.is_closed():  # else the server has ended
+            loop.call_soon_threadsafe(heard.put_nowait, piece)
+
+    ticket = engine.submit(request, tell)
     try:
         while True:
             piece = await heard.get()

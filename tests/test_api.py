@@ -8,6 +8,7 @@ import socket
 import subprocess
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import openai
@@ -17,6 +18,7 @@ from test_app import ScriptedEngine, serving, until
 from finetune import api
 from finetune.engine import Engine, Text
 
+ROOT = Path(__file__).parent.parent
 ASK = [{"role": "user", "content": "Who are you?"}]
 KEY = "sesame 芝麻"
 
@@ -182,6 +184,7 @@ def test_text_held_back_for_a_stop_is_said_at_the_end():
         ({"tools": [{}]}, openai.BadRequestError, "tools", "tools: this server does not have this parameter."),
         ({"extra_body": {"temprature": 1}}, openai.BadRequestError, "temprature", "temprature: this server does not"),
         ({"messages": [{"role": "user", "content": "a" * 2000}]}, openai.BadRequestError, "messages", "too long: 20"),
+        ({"messages": [{"role": "user", "content": "a" * 40_000}]}, openai.BadRequestError, "messages", "too long: 40000 characters, and 32768 fit"),
         ({"max_tokens": 1020}, openai.BadRequestError, "messages", "1020 are asked for, and the context holds 1024"),
     ],
 )  # fmt: skip
@@ -222,6 +225,13 @@ def test_the_key(url, engine):
 def test_it_is_off_unless_asked_for(engine):
     with serving(engine) as url, pytest.raises(openai.PermissionDeniedError, match=r"The API is off\. .*API_KEY"):
         openai.OpenAI(base_url=url + "/v1", api_key="x", max_retries=0).models.list()
+
+
+@pytest.mark.parametrize("file", ["/etc/passwd", str(ROOT / "README.md"), "README.md", "../../../../etc/passwd"])
+def test_no_file_of_the_server_is_given_out(url, file):
+    secret = (ROOT / file).read_text(encoding="utf-8")[:40]
+    for route in ("/gradio_api/file=", "/gradio_api/file/", "/file=", "/static/", "/assets/", "/"):
+        assert secret not in httpx.get(url + route + file).text, route
 
 
 def test_limits_of_one_address(script, monkeypatch):
