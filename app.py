@@ -43,14 +43,24 @@ GRADIO_CHINESE = {  # strings of Gradio's own that its Chinese lacks
     "chatbot.copied_message": "已复制",
 }
 VISITORS = 100  # whose answers are written or waited for at once
-WAITING = "*Many are asking just now: {} before you.*"
-CHINESE[WAITING] = "*当前提问较多，您前面还有 {} 位。*"
+WAITING = "Many are asking just now: {} before you."
+CHINESE[WAITING] = "当前提问较多，您前面还有 {} 位。"
+FILL = "{} of {} tokens in use"
+CHINESE[FILL] = "已用 {} / {} 个词元"
+LEFT_OUT = " · the oldest {} messages are left out"
+CHINESE[LEFT_OUT] = " · 最早的 {} 条消息已略去"
+CHINESE |= {"Settings": "设置", "precise": "精确", "balanced": "均衡", "free": "自由", "Style": "风格"}
+CHINESE |= {"System prompt": "系统提示词", "What the assistant is told before the conversation": "对话前告诉助手的话"}
+CHINESE |= {"Temperature": "温度", "Top p": "核采样 top p"}
+STYLES = {"precise": (0.0, 1.0), "balanced": (0.7, 0.9), "free": (1.0, 0.95)}  # temperature, top_p
+LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
 CSS = """
 .gradio-container .main { max-width: 900px !important; margin: auto }
 #name h1 { margin: 0; font-size: 1.25rem; text-align: center; overflow-wrap: anywhere }
 #status { text-align: center; margin: 20vh auto 0; overflow-wrap: anywhere }
 #status p { opacity: .75; margin-top: .5rem }
+#fill { text-align: right; font-size: .8rem; opacity: .75; min-height: 1.2rem }
 """
 
 
@@ -94,7 +104,6 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
     """The page and the API (see `finetune.api.add_routes`) as a FastAPI app; starts nothing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = import_gradio()
-    import anyio
     from fastapi import FastAPI
 
     from finetune import api
@@ -125,34 +134,46 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
             gr.Timer(active=engine.status == "loading"),
         ]
 
+    def styles(request: gr.Request) -> Any:
+        return gr.Radio([(text(request, name), name) for name in STYLES])
+
     def warn(sentence: str) -> None:
         gr.Warning(html.escape(sentence))  # a gr.Error would cover the whole chat until it is clicked away
 
-    def reply(history: list[dict], request: gr.Request) -> Iterator[list[dict]]:
-        """Streams the answer to the last message into the chat. Gradio closes this generator on Stop and when the tab is
-        closed, and with it the decoder."""
+    def reply(history: list[dict], system: str, heat: float, top_p: float, request: gr.Request) -> Iterator[tuple]:
+        """Streams the answer to the last message into the chat, and says how full the context is. Gradio closes this
+        generator on Stop and when the tab is closed, and with it the decoder."""
+        unchanged = gr.skip(), gr.skip()  # a generator that yields nothing empties the chat
         if not history or history[-1]["role"] != "user":  # cleared meanwhile
-            yield gr.skip()
+            yield unchanged
             return
-        answer, sent = "", 0.0
+        answer, sent, told = "", 0.0, False
         try:
-            messages = engine.trim([{"role": m["role"], "content": text_of(m["content"])} for m in history])
-            with closing(pieces(engine, Request(messages, owner=request.session_hash))) as found:
+            talk = [{"role": m["role"], "content": text_of(m["content"])} for m in history]
+            talk = [{"role": "system", "content": system}, *talk] if system.strip() else talk
+            kept = engine.trim(talk)
+            with closing(pieces(engine, Request(kept, heat, top_p, owner=request.session_hash))) as found:
                 for piece in found:
                     answer += piece.text
-                    if piece.ahead and not answer:
-                        yield [*history, message("assistant", text(request, WAITING).format(piece.ahead))]
-                    elif answer and time.monotonic() - sent > 0.05:  # more often only costs time
-                        yield [*history, message("assistant", answer)]
+                    if piece.ahead and not told:
+                        gr.Info(text(request, WAITING).format(piece.ahead))
+                        told = True
+                    if answer and time.monotonic() - sent > 0.05:  # more often only costs time
+                        yield [*history, message("assistant", answer)], gr.skip()
                         sent = time.monotonic()
-            yield [*history, message("assistant", answer)]
+            fill = ""
+            if piece.prompt_tokens and engine.context:
+                fill = text(request, FILL).format(piece.prompt_tokens + piece.completion_tokens, engine.context)
+            if left_out := len(talk) - len(kept):
+                fill += text(request, LEFT_OUT).format(left_out)
+            yield [*history, message("assistant", answer)], fill
         except UserError as error:
             warn(str(error))
-            yield gr.skip()  # a generator that yields nothing empties the chat
+            yield unchanged
         except Exception:
             traceback.print_exc()
             warn("The answer broke off; the server's log says why.")
-            yield gr.skip()
+            yield unchanged
 
     # What an action leaves of the conversation; a new `turn` is then answered.
     def ask(history: list[dict], text: str, turn: int) -> tuple:
@@ -191,6 +212,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
                 allow_tags=["img"],  # an image in an answer would call other hosts: it is shown as text
                 placeholder=i18n("Ask me something, or begin with one of these:"),
                 examples=[{"text": text} for text in EXAMPLES],
+                latex_delimiters=[{"left": left, "right": right, "display": block} for left, right, block in LATEX],
                 elem_id="chat",
             )
             box = gr.Textbox(
@@ -202,10 +224,26 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
                 autofocus=True,
                 elem_id="box",
             )
+            fill = gr.HTML(elem_id="fill")
+            with gr.Accordion(i18n("Settings"), open=False, elem_id="settings"):
+                style = gr.Radio(list(STYLES), value="balanced", label=i18n("Style"))
+                with gr.Row():
+                    heat = gr.Slider(0, 2, STYLES["balanced"][0], step=0.05, label=i18n("Temperature"))
+                    top_p = gr.Slider(0.05, 1, STYLES["balanced"][1], step=0.05, label=i18n("Top p"))
+                system = gr.Textbox(
+                    label=i18n("System prompt"),
+                    placeholder=i18n("What the assistant is told before the conversation"),
+                    max_lines=6,
+                )
         turn, timer = gr.Number(0, visible="hidden"), gr.Timer(1)
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on([page.load, timer.tick], view, None, [name, status, chat, timer], **quiet)
-        answering = turn.change(reply, chatbot, chatbot, concurrency_limit=VISITORS, api_visibility="private")
+        page.load(styles, None, style, **quiet)
+        style.input(STYLES.get, style, [heat, top_p], **quiet)
+        heard = [chatbot, system, heat, top_p]
+        answering = turn.change(
+            reply, heard, [chatbot, fill], concurrency_limit=VISITORS, api_visibility="private", show_progress="hidden"
+        )
         answering.then(idle, None, box, **quiet)
         # First of each trigger's events: Gradio runs them one after the other, and would stop the new answer as well.
         asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
@@ -215,10 +253,11 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
         chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **quiet)
         chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **quiet)
         chatbot.undo(undo, chatbot, [chatbot, box], **quiet)
-        chatbot.clear(lambda: ([], idle()), None, [chatbot, box], **quiet)
+        chatbot.clear(lambda: ([], idle(), ""), None, [chatbot, box, fill], **quiet)
         box.stop(idle, None, box, **quiet)
 
-    page.limiter = anyio.CapacityLimiter(2 * VISITORS)  # an answer that is waited for holds a thread
+    # As launch(max_threads=...) does: an answer that is waited for holds a thread.
+    page.max_threads = page._queue.max_thread_count = 2 * VISITORS
     app = FastAPI(openapi_url=None)
     app.get("/health")(engine.health)
     api.add_routes(app, engine, key=key, open_to_all=open_api, origins=list(origins))

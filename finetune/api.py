@@ -8,8 +8,8 @@ import json
 import secrets
 import time
 from collections import defaultdict, deque
-from collections.abc import AsyncIterator
-from contextlib import aclosing, suppress
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
@@ -150,7 +150,7 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
         if not asks.stream:
             return await whole(http, head, pieces, count)
         try:  # what is wrong with the request is known before the first piece: then there is still a status to say it with
-            first = await anext(pieces)
+            first = await unless_gone(http, one(pieces))
         except UserError as error:
             raise refused(error) from error
         usage = bool(asks.stream_options and asks.stream_options.include_usage)
@@ -166,6 +166,10 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"]
         )  # fmt: skip
+
+
+async def one(pieces: AsyncIterator[tuple[int, Piece]]) -> tuple[int, Piece]:
+    return await anext(pieces)
 
 
 async def body(http: HttpRequest) -> bytes:
@@ -250,6 +254,25 @@ async def together(engine: Engine, requests: list[Request]) -> AsyncIterator[tup
             task.cancel()
 
 
+async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Any]) -> Any:
+    """The work's result; whoever hangs up before stops it."""
+
+    async def hung_up() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(hung_up())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ApiError(499, "The connection was closed.")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
 async def whole(
     http: HttpRequest, head: dict[str, Any], pieces: AsyncIterator[tuple[int, Piece]], count: int
 ) -> JSONResponse:
@@ -262,23 +285,10 @@ async def whole(
                 texts[number] += piece.text
                 last[number] = piece
 
-    async def gone() -> None:
-        while (await http.receive())["type"] != "http.disconnect":
-            pass
-
-    tasks = [asyncio.create_task(read()), asyncio.create_task(gone())]
     try:
-        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
-        if not tasks[0].done():
-            raise ApiError(499, "The connection was closed.")
-        tasks[0].result()
+        await unless_gone(http, read())
     except UserError as error:
         raise refused(error) from error
-    finally:
-        for task in tasks:
-            task.cancel()
-            with suppress(asyncio.CancelledError, UserError):
-                await task
     choices = [
         {
             "index": i,

@@ -248,9 +248,9 @@ def complete(
     """Greedy answers to all prompts, in their order, `batch` at once."""
     if not prompts or not max_new_tokens:
         return [Answer([], torch.empty(0, 0))] * len(prompts)
-    device = model.device.type  # nobody watches these: more at once than for visitors
-    rows = min(len(prompts), batch or 4 * ROWS[device])
-    room = rows * (max(map(len, prompts)) + max_new_tokens)
+    device, lengths = model.device.type, [len(prompt) + max_new_tokens for prompt in prompts]
+    rows = min(len(prompts), batch or 2 * ROWS[device])  # nobody watches these: more at once than for visitors
+    room = max(rows * sum(lengths) // len(lengths), *lengths)  # for so many of middling length
     decoder = Decoder(model, stop_ids, room, rows=rows, chunk=2 * CHUNK[device])
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # so that beginnings are shared
     states = {decoder.add(prompts[i], max_new_tokens): [] for i in order}

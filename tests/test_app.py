@@ -185,7 +185,7 @@ class ScriptedEngine(Engine):
         return [next(self.answers[row], self.form.stop_ids[0]) for _, row in rows]
 
     def submit(self, request, listener):
-        self.asked = request.messages
+        self.asked, self.request = request.messages, request
         return super().submit(request, listener)
 
     def says(self, script, delay=0.0):
@@ -397,6 +397,35 @@ def test_html_stays_text(engine, url, visit):
     assert engine.asked[0]["content"] == nasty
     assert page.title() == engine.name
     assert page.locator("h1").inner_text() == engine.name
+
+
+def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
+    page = visit(url, locale="zh-CN")
+    engine.says("Yes.")
+    send(page, "A")
+    sees(page, ("user", "A"), ("bot", "Yes."))
+    assert (engine.request.temperature, engine.request.top_p) == (0.7, 0.9)
+    prompt = len(engine.form.prompt([{"role": "user", "content": "A"}]))
+    assert page.locator("#fill").inner_text() == f"已用 {prompt + 5} / 1024 个词元"  # four bytes and the stop token
+    page.get_by_role("button", name="设置").click()
+    page.get_by_label("精确").click()
+    page.get_by_label("系统提示词").fill("Be <brief>.")
+    send(page, "B")
+    until(lambda: len(talk(page)) == 4 and idle(page), "the second answer")
+    assert (engine.request.temperature, engine.request.top_p) == (0.0, 1.0)
+    assert engine.asked[0] == {"role": "system", "content": "Be <brief>."}
+    assert [m["role"] for m in engine.asked] == ["system", "user", "assistant", "user"]
+    engine.says("!")
+    send(page, "long " * 140)
+    page.get_by_text("最早的 2 条消息已略去").wait_for()
+    assert [m["role"] for m in engine.asked] == ["system", "user"] or len(engine.asked) == 4
+
+
+def test_formulas_in_all_four_delimiters(engine, url, visit):
+    engine.says(r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$ .")
+    page = visit(url)
+    send(page, "?")
+    until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 4 and idle(page), "four formulas")
 
 
 def test_a_message_too_long_is_refused_in_one_sentence_and_stays(engine, url, visit):
