@@ -150,7 +150,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
         answer, sent, told = "", 0.0, False
         try:
             talk = [{"role": m["role"], "content": text_of(m["content"])} for m in history]
-            talk = [{"role": "system", "content": system}, *talk] if system.strip() else talk
+            talk = [{"role": "system", "content": system}, *talk] if system and system.strip() else talk
             kept = engine.trim(talk)
             with closing(pieces(engine, Request(kept, heat, top_p, owner=request.session_hash))) as found:
                 for piece in found:
