@@ -49,9 +49,8 @@ class Forward:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
         shape = config.num_hidden_layers, 2, self.kv_heads, room, self.size
-        self.pool = torch.empty(
-            shape, dtype=model.dtype, device=self.device
-        )  # on a CPU takes memory where it is written
+        # On a CPU it takes memory only where it is written.
+        self.pool = torch.empty(shape, dtype=model.dtype, device=self.device)
         self.head = _linear([model.get_output_embeddings()], fast)
         lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
         self.layers = [self._lean(layer, fast) for layer in model.base_model.layers] if lean else None
@@ -70,7 +69,7 @@ class Forward:
         last = lengths.cumsum(0) - 1
         positions = torch.arange(len(ids)) + (past - last + lengths - 1).repeat_interleave(lengths)
         self.slots = (positions + starts.repeat_interleave(lengths)).to(self.device)
-        self.alone, self.grid, at = [], None, 0
+        self.alone, self.grid, self.masks, at = [], None, {}, 0
         singles = []
         for span in spans:
             (singles if self.together and len(span.ids) == 1 else self.alone).append((at, span))
@@ -143,10 +142,7 @@ class Forward:
                 continue
             q, mask = query[None, at : at + n].transpose(1, 2), None
             if past or window:
-                ages = torch.arange(past, past + n, device=self.device)[:, None] - torch.arange(
-                    past + n, device=self.device
-                )
-                mask = (ages >= 0) & (ages < window) if window else ages >= 0
+                mask = self._mask(n, past, window)
             found = F.scaled_dot_product_attention(
                 q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
             )
@@ -160,6 +156,13 @@ class Forward:
                 len(tokens), -1, self.size
             )
         return seen
+
+    def _mask(self, n: int, past: int, window: int) -> Tensor:
+        """[n, past + n]: what each of n new tokens sees, the newest `window` at most; the same in all layers."""
+        if (key := (n, past, window)) not in self.masks:
+            mask = torch.ones(n, past + n, dtype=torch.bool, device=self.device).tril(past)
+            self.masks[key] = mask.triu(past - window + 1) if window else mask
+        return self.masks[key]
 
 
 def attention(
