@@ -72,7 +72,7 @@ class Engine:
         """Fetch and load the model; never raises, `status` and `message` say how it went."""
         try:
             self._load()
-            self.message, self.status = "", "ready"
+            self.status = "ready"
             say(f"{self.name} is ready after {time.monotonic() - self.began:.0f} s. {self.runs_on}")
         except UserError as error:
             self.message, self.status = str(error), "failed"
@@ -97,6 +97,7 @@ class Engine:
         self.context = min(loaded.config.get_text_config().max_position_embeddings, room)
         self.decoder = Decoder(loaded, self.form.stop_ids, room, fast=fast)
         self.name = assistant_name(base) or self.name
+        self.message = ""
         self.listeners: dict[Any, Callable[..., bool]] = {}
         threading.Thread(target=self._decode, daemon=True, name="decoder").start()
 

@@ -54,6 +54,7 @@ class Forward:
         self.head = _linear([model.get_output_embeddings()], fast)
         lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
         self.layers = [self._lean(layer, fast) for layer in model.base_model.layers] if lean else None
+        self.norm = _norm(model.base_model.norm) if lean else None
 
     def copy(self, start: int, target: int, tokens: int) -> None:
         """Keys and values of `tokens` tokens to another place in the pool."""
@@ -93,7 +94,7 @@ class Forward:
         turn = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], -1)
         for layer in self.layers:
             hidden = layer(hidden, *turn)
-        return _norm(core.norm)(hidden[last])
+        return self.norm(hidden[last])
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -178,11 +179,13 @@ AttentionInterface.register("pooled", attention)
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
-    weight, epsilon = module.weight, module.variance_epsilon
+    """transformers' RMS norm in half the calls."""
+    weight, share = module.weight, 1 / module.weight.numel()
+    epsilon = torch.tensor(module.variance_epsilon, device=weight.device)
 
     def norm(x: Tensor) -> Tensor:
-        wide = x.float()
-        return weight * (wide * torch.rsqrt(wide.square().mean(-1, keepdim=True) + epsilon)).to(x.dtype)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return weight * (x * torch.addcmul(epsilon, length, length, value=share).rsqrt()).to(x.dtype)
 
     return norm
 

@@ -60,6 +60,7 @@ class Remote(Engine):
 
             self.form = chat_format(Path(self.ref))
             self.runs_on += " " + self.compare()
+        self.message = ""
 
     def compare(self) -> str:
         """Whether the server's template gives the ids of our format, in words; chooses what is sent."""
