@@ -19,20 +19,21 @@ import sys
 import threading
 import time
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from pathlib import Path
 from typing import Any
 
 from finetune.embedded import NAME as DEFAULT_MODEL
 from finetune.embedded import say
-from finetune.engine import Engine
+from finetune.engine import Engine, Request, pieces
 from finetune.errors import UserError
 
 CHINESE = {
     "Starting": "正在启动",
     "Fetching the model": "正在获取模型",
     "Loading the model": "正在加载模型",
+    "Asking the engine": "正在连接推理服务",
     "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
     "The model could not be loaded": "模型加载失败",
     "Type a message": "输入消息",
@@ -42,6 +43,18 @@ GRADIO_CHINESE = {  # strings of Gradio's own that its Chinese lacks
     "chatbot.copy_message": "复制",
     "chatbot.copied_message": "已复制",
 }
+VISITORS = 100  # whose answers are written or waited for at once
+WAITING = "Many are asking just now: {} before you."
+CHINESE[WAITING] = "当前提问较多，您前面还有 {} 位。"
+FILL = "{} of {} tokens in use"
+CHINESE[FILL] = "已用 {} / {} 个词元"
+LEFT_OUT = " · the oldest {} messages are left out"
+CHINESE[LEFT_OUT] = " · 最早的 {} 条消息已略去"
+CHINESE |= {"Settings": "设置", "precise": "精确", "balanced": "均衡", "free": "自由", "Style": "风格"}
+CHINESE |= {"System prompt": "系统提示词", "What the assistant is told before the conversation": "对话前告诉助手的话"}
+CHINESE |= {"Temperature": "温度", "Top p": "核采样 top p"}
+STYLES = {"precise": (0.0, 1.0), "balanced": (0.7, 0.9), "free": (1.0, 0.95)}  # temperature, top_p
+LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
 CSS = """
 .gradio-container .main { max-width: 900px !important; margin: auto }
@@ -49,6 +62,7 @@ CSS = """
 #name h1 { margin: 0; font-size: 1.25rem; text-align: center; overflow-wrap: anywhere }
 #status { text-align: center; margin: 20vh auto 0; overflow-wrap: anywhere }
 #status p { opacity: .75; margin-top: .5rem }
+#fill { text-align: right; font-size: .8rem; opacity: .75; min-height: 1.2rem }
 """
 
 
@@ -88,26 +102,32 @@ def import_gradio() -> Any:
     return gradio
 
 
-def build(engine: Engine) -> Any:
-    """The page as a FastAPI app; starts nothing."""
+def build(engine: Engine, key: str | None = None, open_api: bool = False, origins: Sequence[str] = ()) -> Any:
+    """The page and the API (see `finetune.api.add_routes`) as a FastAPI app; starts nothing."""
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     gr = import_gradio()
     from fastapi import FastAPI
+
+    from finetune import api
 
     chinese = CHINESE | GRADIO_CHINESE
     i18n = gr.I18n(**{"en": {text: text for text in CHINESE}, "zh-CN": chinese, "zh-TW": chinese})
     # Gradio's own choice of weights, 400 and 600, has no Latin letters in 600.
     font = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
 
+    def text(request: gr.Request, english: str) -> str:
+        return (CHINESE if request.headers.get("accept-language", "").lower().startswith("zh") else {}).get(
+            english, english
+        )
+
     def view(request: gr.Request) -> list[Any]:
         """What is to be seen now: [name, status, chat, timer]."""
-        texts = CHINESE if request.headers.get("accept-language", "").lower().startswith("zh") else {}
         if engine.status == "failed":
-            title, text = "The model could not be loaded", engine.message
+            title, words = "The model could not be loaded", engine.message
         else:
-            title, text = engine.message, "The chat opens by itself. The first start takes a little longer."
+            title, words = engine.message, "The chat opens by itself. The first start takes a little longer."
         seconds = f"{engine.progress} … {time.monotonic() - engine.began:.0f} s" if engine.status == "loading" else ""
-        status = f"<b>{texts.get(title, title)}{seconds}</b><p>{html.escape(texts.get(text, text))}</p>"
+        status = f"<b>{text(request, title)}{seconds}</b><p>{html.escape(text(request, words))}</p>"
         ready = engine.status == "ready"
         failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before the one
         return [
@@ -117,33 +137,46 @@ def build(engine: Engine) -> Any:
             gr.Timer(active=engine.status == "loading"),
         ]
 
+    def styles(request: gr.Request) -> Any:
+        return gr.Radio([(text(request, name), name) for name in STYLES])
+
     def warn(sentence: str) -> None:
         gr.Warning(html.escape(sentence))  # a gr.Error would cover the whole chat until it is clicked away
 
-    def reply(history: list[dict]) -> Iterator[list[dict]]:
-        """Streams the answer to the last message into the chat. Gradio closes this generator on Stop and when the tab is
-        closed, and with it the decoder."""
+    def reply(history: list[dict], system: str, heat: float, top_p: float, request: gr.Request) -> Iterator[tuple]:
+        """Streams the answer to the last message into the chat, and says how full the context is. Gradio closes this
+        generator on Stop and when the tab is closed, and with it the decoder."""
+        unchanged = gr.skip(), gr.skip()  # a generator that yields nothing empties the chat
         if not history or history[-1]["role"] != "user":  # cleared meanwhile
-            yield gr.skip()
+            yield unchanged
             return
-        answer, sent = "", 0.0
+        answer, sent, told = "", 0.0, False
         try:
-            with closing(
-                engine.answer([{"role": m["role"], "content": text_of(m["content"])} for m in history])
-            ) as pieces:
-                for piece in pieces:
-                    answer += piece
-                    if time.monotonic() - sent > 0.05:  # more often only costs time
-                        yield [*history, message("assistant", answer)]
+            talk = [{"role": m["role"], "content": text_of(m["content"])} for m in history]
+            talk = [{"role": "system", "content": system}, *talk] if system and system.strip() else talk
+            kept = engine.trim(talk)
+            with closing(pieces(engine, Request(kept, heat, top_p, owner=request.session_hash))) as found:
+                for piece in found:
+                    answer += piece.text
+                    if piece.ahead and not told:
+                        gr.Info(text(request, WAITING).format(piece.ahead))
+                        told = True
+                    if answer and time.monotonic() - sent > 0.05:  # more often only costs time
+                        yield [*history, message("assistant", answer)], gr.skip()
                         sent = time.monotonic()
-            yield [*history, message("assistant", answer)]
+            fill = ""
+            if piece.prompt_tokens and engine.context:
+                fill = text(request, FILL).format(piece.prompt_tokens + piece.completion_tokens, engine.context)
+            if left_out := len(talk) - len(kept):
+                fill += text(request, LEFT_OUT).format(left_out)
+            yield [*history, message("assistant", answer)], fill
         except UserError as error:
             warn(str(error))
-            yield gr.skip()  # a generator that yields nothing empties the chat
+            yield unchanged
         except Exception:
             traceback.print_exc()
             warn("The answer broke off; the server's log says why.")
-            yield gr.skip()
+            yield unchanged
 
     # What an action leaves of the conversation; a new `turn` is then answered.
     def ask(history: list[dict], text: str, turn: int) -> tuple:
@@ -182,6 +215,7 @@ def build(engine: Engine) -> Any:
                 allow_tags=["img"],  # an image in an answer would call other hosts: it is shown as text
                 placeholder=i18n("Ask me something, or begin with one of these:"),
                 examples=[{"text": text} for text in EXAMPLES],
+                latex_delimiters=[{"left": left, "right": right, "display": block} for left, right, block in LATEX],
                 elem_id="chat",
             )
             box = gr.Textbox(
@@ -193,10 +227,26 @@ def build(engine: Engine) -> Any:
                 autofocus=True,
                 elem_id="box",
             )
+            fill = gr.HTML(elem_id="fill")
+            with gr.Accordion(i18n("Settings"), open=False, elem_id="settings"):
+                style = gr.Radio(list(STYLES), value="balanced", label=i18n("Style"))
+                with gr.Row():
+                    heat = gr.Slider(0, 2, STYLES["balanced"][0], step=0.05, label=i18n("Temperature"))
+                    top_p = gr.Slider(0.05, 1, STYLES["balanced"][1], step=0.05, label=i18n("Top p"))
+                system = gr.Textbox(
+                    label=i18n("System prompt"),
+                    placeholder=i18n("What the assistant is told before the conversation"),
+                    max_lines=6,
+                )
         turn, timer = gr.Number(0, visible="hidden"), gr.Timer(1)
         quiet = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
         gr.on([page.load, timer.tick], view, None, [name, status, chat, timer], **quiet)
-        answering = turn.change(reply, chatbot, chatbot, concurrency_limit=1, api_visibility="private")
+        page.load(styles, None, style, **quiet)
+        style.input(STYLES.get, style, [heat, top_p], **quiet)
+        heard = [chatbot, system, heat, top_p]
+        answering = turn.change(
+            reply, heard, [chatbot, fill], concurrency_limit=VISITORS, api_visibility="private", show_progress="hidden"
+        )
         answering.then(idle, None, box, **quiet)
         # First of each trigger's events: Gradio runs them one after the other, and would stop the new answer as well.
         asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
@@ -206,11 +256,14 @@ def build(engine: Engine) -> Any:
         chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **quiet)
         chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **quiet)
         chatbot.undo(undo, chatbot, [chatbot, box], **quiet)
-        chatbot.clear(lambda: ([], idle()), None, [chatbot, box], **quiet)
+        chatbot.clear(lambda: ([], idle(), ""), None, [chatbot, box, fill], **quiet)
         box.stop(idle, None, box, **quiet)
 
+    # As launch(max_threads=...) does: an answer that is waited for holds a thread.
+    page.max_threads = page._queue.max_thread_count = 2 * VISITORS
     app = FastAPI(openapi_url=None)
     app.get("/health")(engine.health)
+    api.add_routes(app, engine, key=key, open_to_all=open_api, origins=list(origins))
     return gr.mount_gradio_app(
         app,
         page,
@@ -246,9 +299,22 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--adapter", default=env("ADAPTER"), help="an adapter made for that model")
     parser.add_argument("--host", default=env("GRADIO_SERVER_NAME", "0.0.0.0"))  # noqa: S104
     parser.add_argument("--port", type=int, default=int(env("GRADIO_SERVER_PORT") or env("PORT") or 7860))
+    parser.add_argument(
+        "--engine", default=env("ENGINE"), help="URL of an OpenAI-compatible server that decodes instead"
+    )
+    parser.add_argument(
+        "--open-api", action="store_true", help="/v1 for everybody; with API_KEY=... it asks for that key"
+    )
+    parser.add_argument("--api-origin", action="append", default=(env("API_ORIGINS") or "").split(), metavar="ORIGIN",
+                        help="of a page whose scripts may call /v1; may be given again")  # fmt: skip
     args = parser.parse_args(arguments)
     newest = None if args.adapter else newest_run()
-    engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
+    if args.engine:
+        from finetune.remote import Remote
+
+        engine: Engine = Remote(args.engine, args.model or newest, env("ENGINE_KEY"))
+    else:
+        engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
     try:
         # The port is open from here on; whoever comes before the page is ready waits a second or two for its answer.
         listener = socket.create_server((args.host, args.port), backlog=128)
@@ -258,13 +324,13 @@ def main(arguments: list[str] | None = None) -> int:
         )
         return 2
     say(f"{engine.ref}: http://localhost:{args.port}")
-    serve(engine, listener)
+    serve(engine, listener, key=env("API_KEY"), open_api=args.open_api, origins=args.api_origin)
     return 0
 
 
-def serve(engine: Engine, listener: socket.socket) -> None:
+def serve(engine: Engine, listener: socket.socket, **api: Any) -> None:
     """Serve the page until Ctrl-C."""
-    app = build(engine)
+    app = build(engine, **api)
     import uvicorn
 
     server = uvicorn.Server(uvicorn.Config(app, log_level="warning", timeout_graceful_shutdown=1))

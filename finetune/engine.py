@@ -1,48 +1,79 @@
-"""The model behind the page: loaded while the page is already there, then one streamed answer at a time.
+"""The model behind the page and the API: loaded while the page is already there, then one decoder for all visitors.
 
 Imports neither torch nor transformers before `load`: that takes seconds.
 """
 
+import asyncio
 import json
+import queue
+import threading
 import time
 import traceback
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from pathlib import Path
+from typing import Any, NamedTuple
 
 from finetune.chat_format import Message
 from finetune.embedded import say
 from finetune.errors import UserError
 
-ANSWER_TOKENS = 512  # at most, and at most a quarter of the model's context
+ANSWER_TOKENS = 512  # at most, where nobody asks for more or less, and at most a quarter of the model's context
+WAITING = 128  # conversations that wait for the decoder; who comes then is told to come back
+CHARACTERS = 32  # in a message, for each token of the context: hardly a token has as many
+HEARTBEAT = 0.5  # seconds after which who waits hears something
+
+
+class Busy(UserError):
+    """It cannot be answered now, and may be later."""
+
+
+class Request(NamedTuple):
+    messages: Sequence[Message]
+    temperature: float = 0.7
+    top_p: float = 0.9
+    seed: int | None = None
+    max_tokens: int | None = None
+    stop: tuple[str, ...] = ()
+    owner: Hashable = None  # whose conversation it is: only the same one's are gone on from in the cache
+
+
+class Piece(NamedTuple):
+    """A piece of an answer. The last one has `finish` ("stop" or "length") or `error`."""
+
+    text: str = ""
+    finish: str | None = None
+    error: Exception | None = None
+    ahead: int | None = None  # of one who waits: how many are before
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt's: not computed anew
+
+
+Listener = Callable[[Piece], object]  # called in the decoder's thread
+
+
+class Ticket(NamedTuple):
+    cancel: Callable[[], None]
+    ahead: Callable[[], int]  # how many wait before this one; 0 when it is being answered
 
 
 class Engine:
     """`status` is "loading", then "ready" or "failed"; `message` says what it is doing, why it failed, or which sources
-    of the model did before one did not; `progress` how far the fetching is."""
+    of the model did before one did not; `progress` how far the fetching is; `runs_on` what it decodes with."""
 
     def __init__(self, model: str, adapter: str | None = None) -> None:
         self.ref, self.adapter = model, adapter
-        self.status, self.message, self.progress = "loading", "Starting", ""
+        self.status, self.message, self.progress, self.runs_on = "loading", "Starting", "", ""
         self.began = time.monotonic()
         self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of calls for the decoder's thread; None ends it
 
     def load(self) -> None:
         """Fetch and load the model; never raises, `status` and `message` say how it went."""
         try:
-            from finetune import hub, model
-            from finetune.generation import sampler
-
-            self.message = "Fetching the model"
-            base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
-            adapter = hub.pull(self.adapter) if self.adapter else None
-            self.message = "Loading the model"
-            model.check_folder(base)
-            self.form = model.chat_format(base)
-            self.model = model.load_merged(base, adapter) if adapter else model.load(base, model.inference_dtype())
-            self.pick = lambda: sampler(temperature=0.7, top_p=0.9)
-            self.name = assistant_name(base) or self.name
-            self.message, self.status = " ".join(failed), "ready"
-            say(f"{self.name} is ready after {time.monotonic() - self.began:.0f} s.")
+            self._load()
+            self.status = "ready"
+            say(f"{self.name} is ready after {time.monotonic() - self.began:.0f} s. {self.runs_on}")
         except UserError as error:
             self.message, self.status = str(error), "failed"
             say(f"error: {error}")
@@ -57,17 +88,191 @@ class Engine:
         left = f", {(total - done) * seconds / done:.0f} s" if done else ""
         self.progress = f" {done / 1e6:.0f} / {total / 1e6:.0f} MB ({done / 1e6 / max(seconds, 0.1):.1f} MB/s{left})"
 
+    def _load(self) -> None:
+        from finetune import hub, model, serving
+        from finetune.generation import ROWS, Decoder
+
+        self.message = "Fetching the model"
+        base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
+        adapter = hub.pull(self.adapter) if self.adapter else None
+        self.message = "Loading the model"
+        model.check_folder(base)
+        self.form = model.chat_format(base)
+        loaded, fast, self.runs_on = serving.load(base, adapter)
+        room = serving.pool_tokens(loaded, ROWS[loaded.device.type])
+        self.context = min(loaded.config.get_text_config().max_position_embeddings, room)
+        self.decoder = Decoder(loaded, self.form.stop_ids, room, fast=fast)
+        self.name = assistant_name(base) or self.name
+        self.message = " ".join(failed)
+        self.listeners: dict[Any, Callable[..., bool]] = {}
+        threading.Thread(target=self._decode, daemon=True, name="decoder").start()
+
     def health(self) -> dict[str, str]:
-        return {"status": self.status, "model": self.ref, "message": self.message}
+        return {"status": self.status, "model": self.ref, "message": self.message, "runs_on": self.runs_on}
 
-    def answer(self, messages: Sequence[Message]) -> Iterator[str]:
-        """The answer's text, piece by piece; closing the iterator stops the decoder. Raises UserError."""
-        from finetune.generation import stream
+    def trim(self, messages: Sequence[Message]) -> Sequence[Message]:
+        """The newest whole turns that fit. Raises UserError when the last one alone does not."""
+        self.check_length(len(messages[-1]["content"]))
+        return fit(messages, lambda kept: len(self.form.prompt(kept)), self.context - self.reserved())
 
-        context = self.model.config.max_position_embeddings
-        reserved = min(ANSWER_TOKENS, context // 4)
-        messages = fit(messages, lambda kept: len(self.form.prompt(kept)), context - reserved)
-        yield from stream(self.model, self.form, messages, reserved, self.pick())
+    def check_length(self, characters: int) -> None:
+        """Raises UserError for what is too long even to be counted in tokens, which takes a second per million."""
+        if characters > (most := CHARACTERS * self.context):
+            raise UserError(
+                f"The message is too long: {characters} characters, and {most} fit. Shorten it and send it again."
+            )
+
+    def reserved(self) -> int:
+        """Tokens of an answer whose length nobody asked for."""
+        return min(ANSWER_TOKENS, self.context // 4)
+
+    def submit(self, request: Request, listener: Listener) -> Ticket:
+        """Have it answered; `listener` is told every piece. Raises UserError where it cannot be."""
+        if self.status != "ready":
+            raise Busy(self.message if self.status == "failed" else "The model is still loading; try again soon.")
+        if len(self.decoder.waiting) + self.inbox.qsize() >= WAITING:
+            raise Busy(f"{WAITING} conversations are waiting already; try again in a minute.")
+        self.check_length(sum(len(message["content"]) for message in request.messages))
+        prompt = self.form.prompt(request.messages)
+        most = request.max_tokens or min(self.reserved(), self.context - len(prompt))
+        if most <= 0 or len(prompt) + most > self.context:
+            asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
+            raise UserError(
+                f"The conversation is too long: {len(prompt)} tokens{asked}, and the context holds {self.context}. Shorten it."
+            )
+        text, row, cancelled = Text(self.form.stream(), request.stop), None, False
+
+        def begin() -> None:
+            from finetune.generation import Sampling
+
+            nonlocal row
+            if cancelled:
+                return
+            sampling = Sampling(request.temperature, request.top_p, request.seed)
+            row = self.decoder.add(prompt, most, sampling, request.owner)
+            self.listeners[row] = hear
+
+        def hear(token: int | None, done: bool, error: Exception | None = None) -> bool:
+            """Tell the listener; whether that was the last."""
+            if error:
+                listener(Piece(error=error))
+                return True
+            ended = token in self.form.stop_ids
+            piece = "" if ended else text.add(token)
+            if done and not text.stopped:
+                piece += text.rest()
+            last = done or text.stopped
+            if piece or last:
+                finish = ("stop" if ended or text.stopped else "length") if last else None
+                listener(Piece(piece, finish, None, None, len(prompt), len(row.ids), row.reused))
+            return last
+
+        def stop() -> None:
+            if row is not None and self.listeners.pop(row, None):
+                self.decoder.cancel(row)
+
+        def cancel() -> None:
+            nonlocal cancelled
+            cancelled = True
+            self.inbox.put(stop)
+
+        def ahead() -> int:
+            waiting = list(self.decoder.waiting)
+            return waiting.index(row) if row in waiting else len(waiting) if row is None else 0
+
+        self.inbox.put(begin)
+        return Ticket(cancel, ahead)
+
+    def _decode(self) -> None:
+        """The decoder's thread: between two steps it lets in who has come and lets go who has left."""
+        idle = True
+        while True:
+            try:
+                while idle or not self.inbox.empty():
+                    if (call := self.inbox.get()) is None:
+                        return
+                    call()
+                    idle = False
+                for step in self.decoder.step():
+                    if step.row in self.listeners and self.listeners[step.row](step.token, step.done):
+                        del self.listeners[step.row]
+                        if not step.done:  # one of the texts that end it was said
+                            self.decoder.cancel(step.row)
+            except Exception as error:  # nobody may wait for ever; the next ones are answered again
+                self._fail(error)
+            idle = not (self.decoder.rows or self.decoder.waiting)
+
+    def _fail(self, error: Exception) -> None:
+        traceback.print_exc()
+        memory = "memory" in str(error).lower()  # torch says so in several classes
+        sentence = "The machine is out of memory" if memory else "The decoder failed; the server's log says why"
+        while self.listeners:
+            row, hear = self.listeners.popitem()
+            self.decoder.cancel(row)
+            hear(None, True, Busy(f"{sentence}. Send the message again, or a shorter one."))
+
+
+class Text:
+    """Tokens to text that ends before one of the texts in `stop`."""
+
+    def __init__(self, stream: Any, stop: Sequence[str]) -> None:
+        self.stream, self.stop, self.held, self.stopped = stream, stop, "", False
+
+    def add(self, token: int) -> str:
+        self.held += self.stream.add(token)
+        found = [at for text in self.stop if (at := self.held.find(text)) >= 0]
+        if found:
+            self.stopped = True
+            return self.held[: min(found)]
+        keep = max(  # what may be the beginning of a text that ends it
+            (n for text in self.stop for n in range(1, len(text)) if self.held.endswith(text[:n])), default=0
+        )
+        said, self.held = self.held[: len(self.held) - keep], self.held[len(self.held) - keep :]
+        return said
+
+    def rest(self) -> str:
+        return self.held
+
+
+def pieces(engine: Engine, request: Request) -> Iterator[Piece]:
+    """The answer, piece by piece; closing the iterator stops the decoder. While nothing comes, an empty piece says every
+    HEARTBEAT how many are ahead. Raises what went wrong."""
+    heard: queue.SimpleQueue[Piece] = queue.SimpleQueue()
+    ticket = engine.submit(request, heard.put)
+    try:
+        while True:
+            try:
+                piece = heard.get(timeout=HEARTBEAT)
+            except queue.Empty:
+                piece = Piece(ahead=ticket.ahead())
+            if piece.error:
+                raise piece.error
+            yield piece
+            if piece.finish:
+                return
+    finally:
+        ticket.cancel()
+
+
+async def pieces_async(engine: Engine, request: Request) -> AsyncIterator[Piece]:
+    """The same for an event loop, without the empty pieces."""
+    loop, heard = asyncio.get_running_loop(), asyncio.Queue()
+
+    def tell(piece: Piece) -> None:
+        if not loop.is_closed():  # else the server has ended
+            loop.call_soon_threadsafe(heard.put_nowait, piece)
+
+    ticket = engine.submit(request, tell)
+    try:
+        while True:
+            piece = await heard.get()
+            if piece.error:
+                raise piece.error
+            yield piece
+            if piece.finish:
+                return
+    finally:
+        ticket.cancel()
 
 
 def assistant_name(folder: Path) -> str | None:

@@ -1,92 +1,234 @@
-"""Batched, cancellable, streaming decoding; used by the scorecard, the report, chat and the page.
-
-One generator, `decode`, yields after every step; whoever stops iterating (or closes it) stops the decoder.
+"""One decoder for the scorecard, the report, the terminal, the page and the API: conversations join and leave it between
+two steps, and what the beginning of a prompt has cost once is not computed again.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+import random
+from collections import deque
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune.chat_format import ChatFormat, Message
+from finetune.errors import UserError
+from finetune.forward import Forward, Span
 
-BATCH = {"cpu": 64, "cuda": 1024}  # rows decoded together
+ROWS = {"cpu": 64, "cuda": 128}  # conversations decoded together
+CHUNK = {"cpu": 128, "cuda": 2048}  # tokens of prompts that a step reads beside them: what the others wait for
+LIKELY = 256  # tokens among which the nucleus is looked for before all are sorted
 
-Pick = Callable[[Tensor], Tensor]  # logits [rows, vocabulary] -> token ids [rows]
+
+class Sampling(NamedTuple):
+    """How a token is chosen. At temperature 0 it is the likeliest one. The same seed gives the same answer, in whatever
+    company."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    seed: int | None = None
+
+
+GREEDY = Sampling()
+
+
+@dataclass(eq=False)
+class Block:
+    """A piece of the pool."""
+
+    start: int
+    size: int  # tokens
+    owner: Hashable
+    ids: list[int]  # the tokens whose keys and values lie there
+    busy: bool = True
+
+
+@dataclass(eq=False)
+class Row:
+    """One answer in the making."""
+
+    prompt: list[int]
+    most: int  # new tokens
+    sampling: Sampling
+    owner: Hashable
+    ids: list[int] = field(default_factory=list)  # the answer's tokens so far, the stop token included
+    reused: int = 0  # the prompt's tokens that were not computed anew
+    block: Block | None = None  # None: it waits for room, or is done
+
+    def __post_init__(self) -> None:
+        self.random = random.Random(self.sampling.seed)
+
+    @property
+    def missing(self) -> int:
+        """Tokens that have to go through the model before the next one is known."""
+        return len(self.prompt) + len(self.ids) - len(self.block.ids)
 
 
 class Step(NamedTuple):
-    """What one step gave: for every row still decoding its index, its new token, and the final hidden state that chose it."""
-
-    rows: list[int]
-    tokens: list[int]
-    states: Tensor  # [rows, hidden size]
-
-
-def greedy(logits: Tensor) -> Tensor:
-    return logits.argmax(-1)
+    row: Row
+    token: int
+    state: Tensor  # [hidden size], the final hidden state that chose it
+    done: bool
 
 
-def sampler(temperature: float, top_p: float = 1.0, seed: int | None = None) -> Pick:
-    """Draws from the smallest set of tokens whose probability exceeds top_p (nucleus sampling, arXiv:1904.09751)."""
-    if temperature <= 0:
-        return greedy
-    source: torch.Generator | None = None
+class Decoder:
+    """`add` a conversation at any time, `step` for a token of each, `cancel` to let one go.
 
-    def pick(logits: Tensor) -> Tensor:
-        nonlocal source
-        if source is None:
-            source = torch.Generator(logits.device)
-            source.manual_seed(seed) if seed is not None else source.seed()
-        probabilities, order = (logits.float() / temperature).softmax(-1).sort(-1, descending=True)
-        before = probabilities.cumsum(-1) - probabilities
-        drawn = probabilities.masked_fill((before >= top_p) & (before > 0), 0).multinomial(1, generator=source)
-        return order.gather(-1, drawn).squeeze(-1)
-
-    return pick
-
-
-@torch.inference_mode()
-def decode(
-    model: PreTrainedModel,
-    prompts: Sequence[Sequence[int]],
-    stop_ids: Sequence[int],
-    max_new_tokens: int,
-    pick: Pick = greedy,
-) -> Iterator[Step]:
-    """Decode one batch. A row's stop token is its last and is yielded too; finished rows leave the batch.
-
-    What all prompts begin with is computed once; the rest is padded on its left.
+    `room` is the pool's, in tokens. Finished conversations stay in it until others need their place: a prompt of the same
+    `owner` goes on from the longest beginning that it shares with one of them.
     """
-    device = model.device
-    first, last = min(prompts), max(prompts)  # what these two begin with alike, all do
-    shared = next((i for i, (a, b) in enumerate(zip(first, last, strict=False)) if a != b), min(map(len, prompts)) - 1)
-    width = max(map(len, prompts)) - shared
-    ids = torch.tensor([[0] * (width - len(p) + shared) + list(p[shared:]) for p in prompts], device=device)
-    seen = torch.tensor(  # [rows, time]
-        [[1] * shared + [0] * (width - len(p) + shared) + [1] * (len(p) - shared) for p in prompts], device=device
-    )
-    rows, cache = torch.arange(len(prompts)), DynamicCache(config=model.config)
-    if shared:
-        model.base_model(input_ids=torch.tensor([prompts[0][:shared]], device=device), past_key_values=cache)
-        cache.batch_repeat_interleave(len(prompts))
-    for _ in range(max_new_tokens):
-        position = (seen.cumsum(-1) - 1).clamp(min=0)[:, -ids.shape[1] :]
-        hidden = model.base_model(
-            input_ids=ids, attention_mask=seen, position_ids=position, past_key_values=cache, use_cache=True
-        ).last_hidden_state[:, -1]
-        tokens = pick(model.get_output_embeddings()(hidden))
-        yield Step(rows.tolist(), tokens.tolist(), hidden)
-        going = torch.tensor([token not in stop_ids for token in tokens.tolist()])
-        if not going.any():
-            return
-        if not going.all():
-            rows, kept = rows[going], going.nonzero().squeeze(-1).to(device)
-            tokens, seen = tokens[kept], seen[kept]
-            cache.batch_select_indices(kept)
-        ids, seen = tokens[:, None], torch.cat([seen, seen.new_ones(len(tokens), 1)], -1)
+
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        stop_ids: Sequence[int],
+        room: int,
+        *,
+        rows: int | None = None,
+        chunk: int | None = None,
+        fast: bool = False,
+    ) -> None:
+        self.forward, self.stop_ids = Forward(model, room, fast=fast), frozenset(stop_ids)
+        self.most_rows, self.chunk = rows or ROWS[model.device.type], chunk or CHUNK[model.device.type]
+        self.pick = pick
+        self.blocks: list[Block] = []  # the ones used last at the end
+        self.waiting: deque[Row] = deque()
+        self.rows: list[Row] = []
+
+    def add(
+        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, owner: Hashable = None
+    ) -> Row:
+        """Raises UserError where there will never be room for it."""
+        if (need := len(prompt) + max_new_tokens) > self.forward.room:
+            raise UserError(f"The conversation is too long: {need} tokens, and {self.forward.room} fit. Shorten it.")
+        self.waiting.append(row := Row(list(prompt), max_new_tokens, sampling, owner))
+        return row
+
+    def cancel(self, row: Row) -> None:
+        if row in self.waiting:
+            self.waiting.remove(row)
+        elif row in self.rows:
+            self._leave(row)
+
+    def step(self) -> list[Step]:
+        """One pass of the model: a new token for every conversation whose prompt is read, and a piece of other prompts.
+        Empty while there are only prompts to read, or nothing to do."""
+        self._admit()
+        if not self.rows:
+            return []
+        left, spans = self.chunk, {}
+        reading = sorted((row for row in self.rows if row.missing > 1), key=lambda row: row.missing)
+        for i, row in enumerate(reading):  # each gets an equal share, the short ones' rest goes to the long
+            left -= (taken := min(row.missing, max(1, left // (len(reading) - i))))
+            spans[row] = taken
+        spans |= {row: 1 for row in self.rows if row.missing == 1}
+        states = self.forward([self._span(row, tokens) for row, tokens in spans.items()])
+        for row, tokens in spans.items():
+            at = len(row.block.ids)
+            row.block.ids += (row.prompt[at:] or row.ids[-1:])[:tokens]
+        read = [(i, row) for i, row in enumerate(spans) if row.missing == 0]
+        if not read:
+            return []
+        states = states[[i for i, _ in read]]
+        tokens = self.pick(self.forward.logits(states), [(row.sampling, row.random) for _, row in read])
+        steps = []
+        for (_, row), token, state in zip(read, tokens, states, strict=True):
+            row.ids.append(token)
+            done = token in self.stop_ids or len(row.ids) == row.most
+            steps.append(Step(row, token, state, done))
+            if done:
+                self._leave(row)
+        return steps
+
+    def _span(self, row: Row, tokens: int) -> Span:
+        past = len(row.block.ids)
+        return Span(row.block.start, past, (row.prompt[past:] or row.ids[-1:])[:tokens])
+
+    def _admit(self) -> None:
+        """Let in who waits, in order, as long as there is room, and prompts enough to be read at this step."""
+        reading = sum(min(row.missing, self.chunk // 8) for row in self.rows if row.missing > 1)
+        while self.waiting and len(self.rows) < self.most_rows and reading < self.chunk:
+            row = self.waiting[0]
+            if not (block := self._allocate(row)):
+                return
+            self.waiting.popleft()
+            row.block = block
+            self.rows.append(row)
+            reading += min(row.missing, self.chunk // 8)
+
+    def _allocate(self, row: Row) -> Block | None:
+        size = len(row.prompt) + row.most
+        if sum(block.size for block in self.blocks if block.busy) + size > self.forward.room:
+            return None
+        shared = {id(b): common(b.ids, row.prompt[:-1]) for b in self.blocks if b.owner == row.owner}
+        # The block to go on from is the last to be given up for this one.
+        idle = sorted((b for b in self.blocks if not b.busy), key=lambda b: shared.get(id(b), 0))
+        while (start := self._gap(size)) is None:
+            if not idle:
+                return None
+            self.blocks.remove(idle.pop(0))
+        best = max((b for b in self.blocks if id(b) in shared), key=lambda b: shared[id(b)], default=None)
+        row.reused = shared[id(best)] if best else 0
+        if row.reused:
+            self.forward.copy(best.start, start, row.reused)
+            if not best.busy and row.reused == len(best.ids):  # this one knows all that it knew
+                self.blocks.remove(best)
+        block = Block(start, size, row.owner, row.prompt[: row.reused])
+        self.blocks.append(block)
+        return block
+
+    def _gap(self, size: int) -> int | None:
+        """Where the first gap of that size begins."""
+        end = 0
+        for block in sorted(self.blocks, key=lambda block: block.start):
+            if block.start - end >= size:
+                return end
+            end = block.start + block.size
+        return end if self.forward.room - end >= size else None
+
+    def _leave(self, row: Row) -> None:
+        self.rows.remove(row)
+        block, row.block = row.block, None
+        self.blocks.remove(block)
+        if block.ids:
+            block.busy, block.size = False, len(block.ids)
+            self.blocks.append(block)
+
+
+def common(a: Sequence[int], b: Sequence[int]) -> int:
+    """Length of the beginning that both share."""
+    return next((i for i, (x, y) in enumerate(zip(a, b, strict=False)) if x != y), min(len(a), len(b)))
+
+
+def pick(logits: Tensor, samplings: Sequence[tuple[Sampling, random.Random]]) -> list[int]:
+    """A token for each row of logits, [rows, vocabulary]: the likeliest, or one drawn from the smallest set of tokens whose
+    probability reaches top_p (nucleus sampling, arXiv:1904.09751)."""
+    tokens = logits.argmax(-1).tolist()
+    for nucleus in (False, True):
+        rows = [i for i, (s, _) in enumerate(samplings) if s.temperature > 0 and (s.top_p < 1) == nucleus]
+        if not rows:
+            continue
+        temperature, top_p, drawn = (
+            torch.tensor(values, device=logits.device)[:, None]
+            for values in zip(
+                *((s.temperature, s.top_p, source.random()) for s, source in (samplings[i] for i in rows)), strict=True
+            )
+        )
+        shares, order = (logits[rows].float() / temperature).softmax(-1), None
+        if nucleus:
+            likely = shares.topk(min(LIKELY, shares.shape[-1]))
+            if (likely.values.sum(-1, keepdim=True) < top_p).any():
+                likely = shares.sort(-1, descending=True)
+            shares, order = likely
+            before = shares.cumsum(-1) - shares
+            shares = shares.masked_fill((before >= top_p) & (before > 0), 0)
+        sums = shares.cumsum(-1)
+        at = torch.searchsorted(sums, drawn * sums[:, -1:], right=True)
+        at = at.minimum((shares > 0).cumsum(-1).argmax(-1, keepdim=True))  # rounding must not draw what cannot be
+        for i, token in zip(rows, (order.gather(-1, at) if order is not None else at).flatten().tolist(), strict=True):
+            tokens[i] = token
+    return tokens
 
 
 class Answer(NamedTuple):
@@ -103,23 +245,24 @@ def complete(
     batch: int | None = None,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers to all prompts, in their order. Prompts of like length are decoded together, `batch` at once."""
-    batch = batch or BATCH[model.device.type]
-    answers: list[Answer | None] = [None] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(order), batch):
-        chunk = order[start : start + batch]
-        ids: list[list[int]] = [[] for _ in chunk]
-        states: list[list[Tensor]] = [[] for _ in chunk]
-        for step in decode(model, [prompts[i] for i in chunk], stop_ids, max_new_tokens):
-            for row, token, state in zip(step.rows, step.tokens, step.states, strict=True):
-                ids[row].append(token)
-                states[row].append(state)
-        for i, row_ids, row_states in zip(chunk, ids, states, strict=True):
-            ended = row_ids[-1] in stop_ids
-            answers[i] = Answer(row_ids[:-1] if ended else row_ids, torch.stack(row_states))
-        progress(len(chunk))
-    return answers  # type: ignore[return-value]
+    """Greedy answers to all prompts, in their order, `batch` at once."""
+    if not prompts or not max_new_tokens:
+        return [Answer([], torch.empty(0, 0))] * len(prompts)
+    device, lengths = model.device.type, [len(prompt) + max_new_tokens for prompt in prompts]
+    rows = min(len(prompts), batch or 2 * ROWS[device])  # nobody watches these: more at once than for visitors
+    room = max(rows * sum(lengths) // len(lengths), *lengths)  # for so many of middling length
+    decoder = Decoder(model, stop_ids, room, rows=rows, chunk=2 * CHUNK[device])
+    order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # so that beginnings are shared
+    states = {decoder.add(prompts[i], max_new_tokens): [] for i in order}
+    while decoder.rows or decoder.waiting:
+        for step in decoder.step():
+            states[step.row].append(step.state)
+            if step.done:
+                progress(1)
+    answers: dict[int, Answer] = {}
+    for i, (row, found) in zip(order, states.items(), strict=True):
+        answers[i] = Answer(row.ids[:-1] if row.ids[-1] in stop_ids else row.ids, torch.stack(found))
+    return [answers[i] for i in range(len(prompts))]
 
 
 def answer_texts(
@@ -135,15 +278,14 @@ def answer_texts(
     return [form.decode(answer.ids).strip() for answer in found]
 
 
-def stream(
-    model: PreTrainedModel,
-    form: ChatFormat,
-    messages: Sequence[Message],
-    max_new_tokens: int = 512,
-    pick: Pick = greedy,
-) -> Iterator[str]:
-    """The answer's text, piece by piece. Closing the iterator stops the decoder."""
+def stream(decoder: Decoder, form: ChatFormat, messages: Sequence[Message], max_new_tokens: int = 512) -> Iterator[str]:
+    """The greedy answer's text, piece by piece. Closing the iterator stops the decoder."""
     text = form.stream()
-    for step in decode(model, [form.prompt(messages)], form.stop_ids, max_new_tokens, pick):
-        if step.tokens[0] not in form.stop_ids and (piece := text.add(step.tokens[0])):
-            yield piece
+    row = decoder.add(form.prompt(messages), max_new_tokens)
+    try:
+        while not row.ids or row.block:
+            for step in decoder.step():
+                if step.token not in form.stop_ids and (piece := text.add(step.token)):
+                    yield piece
+    finally:
+        decoder.cancel(row)

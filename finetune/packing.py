@@ -59,10 +59,10 @@ AttentionInterface.register("packed", attention)
 
 
 @contextlib.contextmanager
-def packed_attention(model: PreTrainedModel) -> Iterator[None]:
-    """Within it the model takes what `pack` gives."""
+def packed_attention(model: PreTrainedModel, name: str = "packed") -> Iterator[None]:
+    """Within it the model takes what `pack` gives, or attends by another function of that name."""
     before = model.config._attn_implementation
-    model.set_attn_implementation("packed")
+    model.set_attn_implementation(name)
     try:
         yield
     finally:

@@ -450,13 +450,19 @@ def report(run: Run) -> None:
 
 def chat(run: Run) -> None:
     """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D or an empty line ends."""
-    from finetune import generation
+    from finetune import generation, serving
     from finetune import model as models
+    from finetune.engine import ANSWER_TOKENS as ANSWERED_TOKENS
+    from finetune.engine import fit
 
     folder = run.folder / "model"
     if not folder.is_dir():
         raise UserError(f"There is no model in {run.folder} yet: run '{run.command}' first.")
-    form, model = models.chat_format(folder), models.load(folder, models.inference_dtype())
+    form, (model, fast, runs_on) = models.chat_format(folder), serving.load(folder)
+    room = serving.pool_tokens(model, 1)
+    most = min(ANSWERED_TOKENS, room // 4)
+    decoder = generation.Decoder(model, form.stop_ids, room, fast=fast)
+    say(runs_on)
     say(f"{run.persona.name} · Ctrl-C stops an answer, Ctrl-D ends · Ctrl-C 停止回答，Ctrl-D 结束")
     history: list[dict] = []
     while True:
@@ -468,7 +474,8 @@ def chat(run: Run) -> None:
             continue
         history.append({"role": "user", "content": text})
         answer = ""
-        pieces: Iterator[str] = generation.stream(model, form, history)
+        kept = fit(history, lambda messages: len(form.prompt(messages)), room - most)
+        pieces: Iterator[str] = generation.stream(decoder, form, kept, most)
         try:
             for piece in pieces:
                 answer += piece

@@ -1,9 +1,9 @@
 """What several test files share: a tiny model that is made here, in a second, the same in each session."""
 
 import json
-import shutil
 import os
 import re
+import shutil
 from pathlib import Path
 
 import pytest

@@ -17,7 +17,7 @@ from pathlib import Path
 import pytest
 
 import app
-from finetune.engine import Engine, fit
+from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
 
 ROOT = Path(__file__).parent.parent
@@ -120,7 +120,7 @@ def test_the_first_source_that_can_be_had_is_loaded_and_those_before_it_are_told
 
 def test_a_failed_load_says_why(tmp_path):
     engine = Engine(str(tmp_path))
-    assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting"}
+    assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting", "runs_on": ""}
     engine.load()
     health = engine.health()
     assert health["status"] == "failed"
@@ -131,6 +131,7 @@ def test_a_failed_load_says_why(tmp_path):
         "status": "failed",
         "model": "no such model",
         "message": "'no such model' is neither a folder nor a repo reference such as hf:user/name; check its spelling.",
+        "runs_on": "",
     }
 
 
@@ -138,6 +139,7 @@ def test_an_adapter_is_loaded_onto_its_base_and_no_other(tiny_model, tmp_path):
     import torch
 
     from finetune import model
+    from finetune.forward import Span
 
     tuned = model.add_lora(model.load(tiny_model), rank=2)
     for name, weight in tuned.named_parameters():
@@ -152,7 +154,8 @@ def test_an_adapter_is_loaded_onto_its_base_and_no_other(tiny_model, tmp_path):
     ids = torch.tensor([[1, 2, 3]])
     with torch.inference_mode():
         unmerged = model.load_adapter(model.load(tiny_model), tmp_path / "adapter", tiny_model)
-        found, expected, base = (m(ids).logits.float() for m in (engine.model, unmerged, model.load(tiny_model)))
+        expected, base = (m(ids).logits[0, -1] for m in (unmerged, model.load(tiny_model)))
+        found = engine.decoder.forward.logits(engine.decoder.forward([Span(0, 0, ids[0].tolist())]))[0]
     assert (found - expected).abs().max() < 0.1 * (base - expected).abs().max()
 
     record["base_sha256"] = "0"
@@ -181,23 +184,19 @@ class ScriptedEngine(Engine):
 
     def load(self):
         super().load()
-        self.pick = self.scripted
+        self.decoder.pick = self.scripted
+        self.answers = {}
 
-    def scripted(self):
-        import torch
+    def scripted(self, logits, rows):
+        self.steps += 1
+        time.sleep(self.delay)
+        for _, row in rows:  # each conversation's own source of chance: it tells them apart
+            self.answers.setdefault(row, iter(self.form.tokenizer.encode(self.script).ids))
+        return [next(self.answers[row], self.form.stop_ids[0]) for _, row in rows]
 
-        tokens = iter(self.form.tokenizer.encode(self.script).ids)
-
-        def pick(logits):
-            self.steps += 1
-            time.sleep(self.delay)
-            return torch.tensor([next(tokens, self.form.stop_ids[0])])
-
-        return pick
-
-    def answer(self, messages):
-        self.asked = messages
-        return super().answer(messages)
+    def submit(self, request, listener):
+        self.asked, self.request = request.messages, request
+        return super().submit(request, listener)
 
     def says(self, script, delay=0.0):
         self.script, self.delay = script, delay
@@ -209,11 +208,13 @@ class ScriptedEngine(Engine):
 
 
 @contextmanager
-def serving(engine):
+def serving(engine, **options):
     import uvicorn
 
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app.build(engine), log_level="warning", timeout_graceful_shutdown=1))
+    server = uvicorn.Server(
+        uvicorn.Config(app.build(engine, **options), log_level="warning", timeout_graceful_shutdown=1)
+    )
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -408,6 +409,35 @@ def test_html_stays_text(engine, url, visit):
     assert page.locator("h1").inner_text() == engine.name
 
 
+def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
+    page = visit(url, locale="zh-CN")
+    engine.says("Yes.")
+    send(page, "A")
+    sees(page, ("user", "A"), ("bot", "Yes."))
+    assert (engine.request.temperature, engine.request.top_p) == (0.7, 0.9)
+    prompt = len(engine.form.prompt([{"role": "user", "content": "A"}]))
+    assert page.locator("#fill").inner_text() == f"已用 {prompt + 5} / 1024 个词元"  # four bytes and the stop token
+    page.get_by_role("button", name="设置").click()
+    page.get_by_label("精确").click()
+    page.get_by_label("系统提示词").fill("Be <brief>.")
+    send(page, "B")
+    until(lambda: len(talk(page)) == 4 and idle(page), "the second answer")
+    assert (engine.request.temperature, engine.request.top_p) == (0.0, 1.0)
+    assert engine.asked[0] == {"role": "system", "content": "Be <brief>."}
+    assert [m["role"] for m in engine.asked] == ["system", "user", "assistant", "user"]
+    engine.says("!")
+    send(page, "long " * 140)
+    page.get_by_text("最早的 2 条消息已略去").wait_for()
+    assert [m["role"] for m in engine.asked] == ["system", "user"] or len(engine.asked) == 4
+
+
+def test_formulas_in_all_four_delimiters(engine, url, visit):
+    engine.says(r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$ .")
+    page = visit(url)
+    send(page, "?")
+    until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 4 and idle(page), "four formulas")
+
+
 def test_a_message_too_long_is_refused_in_one_sentence_and_stays(engine, url, visit):
     page = visit(url)
     send(page, "long " * 200)
@@ -477,6 +507,7 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
             "status": "loading",
             "model": "some/model",
             "message": "Fetching the model",
+            "runs_on": "",
         }
         page = visit(url, wait_for="text=/Fetching the model … \\d+ s/")
         chinese = visit(url, wait_for="text=/正在获取模型 … \\d+ s/", locale="zh-CN")
@@ -484,7 +515,8 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
         assert not page.locator("#box").is_visible()
         waiting.message = "Loading the model"
         page.get_by_text("Loading the model").wait_for()
-        waiting.answer = lambda messages: (piece for piece in ("Here ", "I am."))
+        engine.says("Here I am.")
+        waiting.submit, waiting.trim = engine.submit, engine.trim
         waiting.name, waiting.status, waiting.message = "Orivane", "ready", ""
         for each in (page, chinese):
             each.locator("#box textarea").wait_for()
@@ -492,7 +524,12 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
             assert each.locator("h1").inner_text() == "Orivane"
         send(page, "hi")
         sees(page, ("user", "hi"), ("bot", "Here I am."))
-        assert json.loads(get(url + "/health")) == {"status": "ready", "model": "some/model", "message": ""}
+        assert json.loads(get(url + "/health")) == {
+            "status": "ready",
+            "model": "some/model",
+            "message": "",
+            "runs_on": "",
+        }
 
 
 def test_the_page_tells_why_it_failed(visit, tmp_path):
@@ -507,6 +544,7 @@ def test_the_page_tells_why_it_failed(visit, tmp_path):
             "status": "failed",
             "model": "some/model",
             "message": broken.message,
+            "runs_on": "",
         }
 
 
@@ -521,7 +559,9 @@ def test_the_command(tiny_model, visit):
         page = visit(url)  # at once: the chat opens when the model is there
         send(page, "Who are you?")
         until(lambda: len(talk(page)) == 2 and talk(page)[1][1] and idle(page), "an answer")
-        assert json.loads(get(url + "/health")) == {"status": "ready", "model": str(tiny_model), "message": ""}
+        health = json.loads(get(url + "/health"))
+        assert (health["status"], health["model"]) == ("ready", str(tiny_model))
+        assert re.fullmatch(r"CPU, \d+ threads, float\d+ weights.*\.", health["runs_on"])
         assert "Traceback" not in get(url)
     finally:
         process.send_signal(signal.SIGINT)
@@ -530,8 +570,8 @@ def test_the_command(tiny_model, visit):
 
 
 def test_closing_the_answer_stops_the_decoder(engine):
-    engine.says("All the world's a stage")
-    began = engine.steps
-    with closing(engine.answer([{"role": "user", "content": "?"}])) as pieces:
-        assert [next(pieces), next(pieces)] == ["A", "l"]
-    assert engine.steps == began + 2
+    engine.says("All the world's a stage", delay=0.05)
+    with closing(pieces(engine, Request([{"role": "user", "content": "?"}]))) as found:
+        assert [next(found).text, next(found).text] == ["A", "l"]
+    until(lambda: not engine.decoder.rows, "the decoder's end")
+    assert engine.has_stopped()

@@ -1,10 +1,13 @@
+import random
 from collections import Counter
 
 import pytest
 import torch
+from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
-from finetune import generation
-from finetune.generation import Step, complete, decode, greedy, sampler, stream
+from finetune.errors import UserError
+from finetune.forward import Forward, Span
+from finetune.generation import GREEDY, Decoder, Sampling, Step, complete, pick, stream
 from finetune.model import chat_format, load
 
 NEW = 12
@@ -29,85 +32,215 @@ def form(tiny_model):
     return chat_format(tiny_model)
 
 
+ROOM = 1000
+
+
 @pytest.fixture
-def calls(model):
-    """Shapes of what went through the model."""
-    seen: list[tuple[int, ...]] = []
-    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(tuple(args[0].shape)))
+def passes(model):
+    """How many tokens went through the model at each step."""
+    seen: list[int] = []
+    hook = model.get_input_embeddings().register_forward_hook(lambda _, args, __: seen.append(args[0].numel()))
     yield seen
     hook.remove()
 
 
-def tokens(model, prompts, stop_ids=(), most=NEW, pick=greedy) -> list[list[int]]:
-    found: list[list[int]] = [[] for _ in prompts]
-    for step in decode(model, prompts, stop_ids, most, pick):
-        for row, token in zip(step.rows, step.tokens, strict=True):
-            found[row].append(token)
-    return found
+def run(decoder: Decoder) -> list[list[Step]]:
+    steps = []
+    while decoder.rows or decoder.waiting:
+        steps.append(decoder.step())
+    return steps
 
 
-def reference(model, prompt: list[int]) -> list[int]:
+def tokens(model, prompts, stop_ids=(), most=NEW, sampling=GREEDY, **options) -> list[list[int]]:
+    decoder = Decoder(model, stop_ids, ROOM, **options)
+    rows = [decoder.add(prompt, most, sampling) for prompt in prompts]
+    run(decoder)
+    return [row.ids for row in rows]
+
+
+def reference(model, prompt: list[int], most=NEW) -> list[int]:
     """transformers' own greedy tokens, the stop token included."""
-    out = model.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
+    out = model.generate(torch.tensor([prompt]), max_new_tokens=most, do_sample=False)
     return out[0, len(prompt) :].tolist()
 
 
-# ---------------------------------------------------------------------------------------------------------- decode
+# --------------------------------------------------------------------------------------------------------- forward
+
+SMALL = {
+    "vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "head_dim": 8, "max_position_embeddings": 512, "initializer_range": 0.3,
+}  # fmt: skip
+YARN = {"rope_type": "yarn", "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 32}
+CONFIGS = {
+    "llama": LlamaConfig(**SMALL),
+    "llama with biases, yarn": LlamaConfig(**SMALL, attention_bias=True, rope_parameters=YARN),
+    "mistral with a window": MistralConfig(**SMALL, sliding_window=7),
+    "qwen2": Qwen2Config(**SMALL),
+    "qwen3": Qwen3Config(**SMALL),
+    "gemma3": Gemma3TextConfig(**SMALL, sliding_window=7),
+}
 
 
+@pytest.fixture(params=CONFIGS.values(), ids=CONFIGS)
+def kind(request):
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(request.param, attn_implementation="eager").eval()
+    for name, weight in model.named_parameters():
+        if "norm" in name or "bias" in name:  # not all ones or zeros: then a forgotten one is seen
+            torch.nn.init.uniform_(weight, 0.5, 1.5)
+    return model
+
+
+@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together, as on a GPU"])
+@pytest.mark.parametrize("fast", [False, True], ids=["float32", "float16 weights"])
+def test_logits_are_transformers_own(kind, together, fast):
+    texts = [torch.randint(0, 300, (n,)).tolist() for n in (40, 23, 31)]
+    with torch.inference_mode():
+        expected = [kind(torch.tensor([text])).logits[0] for text in texts]
+    forward = Forward(kind, 200, fast=fast)
+    forward.together = together
+    starts, past = [0, 60, 110], [0, 0, 0]
+    most = 0.0
+    for pieces in ((12, 1, 5), (1, 9, 1), (14, 1, 1), (1, 1, 1), (1, 11, 23)):  # prompts in pieces among single tokens
+        spans = [Span(starts[i], past[i], texts[i][past[i] : past[i] + n]) for i, n in enumerate(pieces)]
+        found = forward.logits(forward(spans))
+        past = [p + n for p, n in zip(past, pieces, strict=True)]
+        for i in range(3):
+            most = max(most, (found[i] - expected[i][past[i] - 1]).abs().max().item())
+    scale = max(e.abs().max().item() for e in expected)
+    assert most < (3e-3 if fast else 1e-5) * scale
+
+
+def test_a_model_with_other_memory_is_refused():
+    from transformers import MambaConfig
+
+    other = AutoModelForCausalLM.from_config(
+        MambaConfig(vocab_size=50, hidden_size=16, num_hidden_layers=1, state_size=4)
+    )
+    with pytest.raises(UserError, match="Models of type 'mamba' keep more than keys and values"):
+        Forward(other, 10)
+
+
+# --------------------------------------------------------------------------------------------------------- decoder
+
+
+@pytest.mark.parametrize("chunk", [1, 5, 128])
 @pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_greedy_tokens_are_transformers_own(model, prompts):
+def test_greedy_tokens_are_transformers_own(model, prompts, chunk):
     expected = [reference(model, prompt) for prompt in prompts]
     assert len(set(map(tuple, expected))) == len(set(map(tuple, prompts)))
-    assert tokens(model, prompts, [model.generation_config.eos_token_id]) == expected
+    assert tokens(model, prompts, [model.generation_config.eos_token_id], chunk=chunk) == expected
 
 
-@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
-def test_states_do_not_depend_on_the_batch(model, prompts):
-    together = complete(model, prompts, [], NEW)
-    for prompt, answer in zip(prompts, together, strict=True):
-        (single,) = complete(model, [prompt], [], NEW)
-        torch.testing.assert_close(answer.states, single.states, rtol=1e-4, atol=1e-4)
+def test_the_same_tokens_alone_and_in_company_that_comes_and_goes(model):
+    """Forty conversations join at random steps, some are cancelled, in a pool too small for all."""
+    chance = random.Random(0)
+    prompts = [[chance.randrange(256) for _ in range(chance.randrange(1, 60))] for _ in range(40)]
+    alone = [tokens(model, [prompt], most=20)[0] for prompt in prompts]
+    decoder = Decoder(model, [], 400, rows=8, chunk=16)
+    rows, dropped, most = [], set(), 0
+    while len(rows) < len(prompts) or decoder.rows or decoder.waiting:
+        if len(rows) < len(prompts) and chance.random() < 0.5:
+            rows.append(decoder.add(prompts[len(rows)], 20))
+        decoder.step()
+        most = max(most, len(decoder.rows))
+        if decoder.rows and chance.random() < 0.1:
+            dropped.add(victim := chance.choice(decoder.rows))
+            decoder.cancel(victim)
+    assert most > 3
+    assert 3 < len(dropped) < 30
+    for row, expected in zip(rows, alone, strict=True):
+        assert row.ids == (expected[: len(row.ids)] if row in dropped else expected)
 
 
-def test_the_common_beginning_is_computed_once(model, calls):
-    tokens(model, PROMPTS["a common beginning"], most=2)
-    assert calls == [(1, len(SHARED)), (3, 3), (3, 1)]
-    calls.clear()
-    tokens(model, PROMPTS["one begins another"], most=2)
-    assert calls == [(1, len(SHARED) - 1), (3, 3), (3, 1)]  # a token of each is left to be decoded from
+def test_the_default_model_says_the_same_alone_and_in_company(default_model):
+    """In float32, bit by bit of the arithmetic that decides: real logits lie closer than a random model's."""
+    model, form = load(default_model), chat_format(default_model)
+    asks = ["Who are you?", "你是谁？", "2 + 2 = ?"]
+    prompts = [form.prompt([{"role": "user", "content": ask}]) for ask in asks]
+    together = tokens(model, prompts, form.stop_ids, chunk=32)
+    assert together == [tokens(model, [prompt], form.stop_ids)[0] for prompt in prompts]
+    assert together[0] == reference(model, prompts[0])
 
 
-def test_a_stop_token_ends_its_row_which_leaves(model, calls):
+def test_one_joins_and_one_leaves_between_two_steps(model, passes):
+    decoder = Decoder(model, [], ROOM)
+    first = decoder.add([5, 6, 7], 50)
+    assert [step.row for step in decoder.step() + decoder.step()] == [first, first]
+    second = decoder.add([8, 9], 3)
+    assert [[step.row for step in decoder.step()] for _ in range(4)] == [
+        [second, first],
+        *[[first, second]] * 2,
+        [first],
+    ]
+    assert passes == [3, 1, 3, 2, 2, 1]
+    assert len(second.ids) == 3
+    decoder.cancel(first)
+    assert decoder.step() == []
+    assert passes == [3, 1, 3, 2, 2, 1]
+    assert len(first.ids) == 6
+
+
+def test_a_long_prompt_does_not_freeze_the_others(model, passes):
+    decoder = Decoder(model, [], ROOM, chunk=16)
+    talking = decoder.add([1], 100)
+    decoder.step()
+    long = decoder.add(list(range(200)), 5)
+    short = decoder.add([9, 8, 7], 5)
+    assert [step.row for step in decoder.step()] == [short, talking]  # the short prompt is answered at once
+    while not long.ids:
+        assert talking in [step.row for step in decoder.step()]
+    assert max(passes) <= 16 + 2
+    assert long.ids == tokens(model, [list(range(200))], most=1)[0]
+
+
+def test_the_next_turn_computes_what_is_new(model, passes):
+    decoder = Decoder(model, [], ROOM)
+    first = decoder.add(SHARED, 8, owner="a")
+    run(decoder)
+    prompt = [*SHARED, *first.ids, 1, 2, 3]
+    before = len(passes)
+    second = decoder.add(prompt, 8, owner="a")
+    run(decoder)
+    assert second.reused == len(SHARED) + 7  # the answer's last token never went through the model
+    assert passes[before] == 4
+    assert second.ids == tokens(model, [prompt], most=8)[0]
+    stranger = decoder.add(prompt, 8, owner="b")
+    run(decoder)
+    assert stranger.reused == 0  # not even how long it takes tells what another one has asked
+    assert stranger.ids == second.ids
+    assert all(not block.busy for block in decoder.blocks)
+
+
+def test_what_is_kept_gives_way_to_who_comes_and_who_comes_waits_for_who_is_there(model):
+    decoder = Decoder(model, [], 100, rows=8)
+    for start in range(0, 200, 20):  # ten of 25 tokens each, one after the other
+        decoder.add(list(range(start, start + 20)), 5, owner=start)
+        run(decoder)
+        assert sum(block.size for block in decoder.blocks) <= 100
+    rows = [decoder.add(list(range(50)), 10, owner=i) for i in range(3)]
+    steps = run(decoder)
+    assert [[step.row for step in together] for together in steps] == [[row] for row in rows for _ in range(10)]
+    assert [len(row.ids) for row in rows] == [10] * 3
+    with pytest.raises(UserError, match=r"^The conversation is too long: 101 tokens, and 100 fit\. Shorten it\.$"):
+        decoder.add([0] * 91, 10)
+
+
+def test_a_stop_token_ends_its_row_which_leaves(model, passes):
     prompts = PROMPTS["nothing in common"]
     full = tokens(model, prompts)
     stop = [full[0][2], full[1][5]]
     expected = [row[: next((i for i, t in enumerate(row) if t in stop), NEW) + 1] for row in full]
     lengths = [len(row) for row in expected]
     assert len(set(lengths)) > 1  # they end at different steps
-    calls.clear()
-    steps = list(decode(model, prompts, stop, NEW))
-    assert [step.rows for step in steps] == [[i for i in range(3) if lengths[i] > n] for n in range(max(lengths))]
-    assert [shape[0] for shape in calls] == [len(step.rows) for step in steps]
-    assert [len(step.states) for step in steps] == [len(step.rows) for step in steps]
+    passes.clear()
     assert tokens(model, prompts, stop) == expected
+    assert passes[1:] == [sum(length > n for length in lengths) for n in range(1, max(lengths))]
 
 
-@pytest.mark.parametrize("most", [0, 1, 7])
+@pytest.mark.parametrize("most", [1, 7])
 def test_max_new_tokens(model, most):
     assert [len(row) for row in tokens(model, PROMPTS["single tokens"], most=most)] == [most] * 3
-
-
-def test_closing_the_iterator_stops_the_decoder(model, calls):
-    steps = decode(model, [SHARED], [], 1000)
-    assert next(steps).states.is_inference()
-    assert not torch.is_inference_mode_enabled()  # it does not leak to who iterates
-    next(steps)
-    before = len(calls)
-    steps.close()
-    with pytest.raises(StopIteration):
-        next(steps)
-    assert len(calls) == before == 3  # the beginning and two steps
 
 
 # --------------------------------------------------------------------------------------------------------- sampler
@@ -117,8 +250,9 @@ DRAWS = 20_000
 
 
 def shares(**values) -> dict[int, float]:
-    drawn = sampler(seed=0, **values)(PROBABILITIES.log().expand(DRAWS, 4))
-    return {token: count / DRAWS for token, count in Counter(drawn.tolist()).items()}
+    source = random.Random(0)
+    drawn = pick(PROBABILITIES.log().expand(DRAWS, 4), [(Sampling(**values), source)] * DRAWS)
+    return {token: count / DRAWS for token, count in Counter(drawn).items()}
 
 
 @pytest.mark.parametrize(
@@ -137,24 +271,54 @@ def test_the_nucleus_by_hand(values, expected):
     assert shares(**values) == pytest.approx(expected, abs=0.015)
 
 
-@pytest.mark.parametrize(
-    "values", [{"temperature": 0}, {"temperature": 1.0, "top_p": 1e-9}, {"temperature": 1.0, "top_p": 0.0}]
-)
+@pytest.mark.parametrize("values", [{"temperature": 0.0}, {"temperature": 1.0, "top_p": 1e-9}])
 def test_what_is_greedy(model, values):
     prompts = PROMPTS["a common beginning"]
-    assert tokens(model, prompts, pick=sampler(**values)) == tokens(model, prompts)
+    assert tokens(model, prompts, sampling=Sampling(**values)) == tokens(model, prompts)
 
 
-def test_the_same_seed_gives_the_same_tokens(model):
-    def drawn(seed):
-        return tokens(model, PROMPTS["nothing in common"], pick=sampler(2.0, 0.95, seed))
+def test_a_nucleus_of_more_than_the_likeliest():
+    """Of 1,000 tokens alike 90 % are drawn: more than are looked at first."""
+    drawn = pick(torch.zeros(2000, 1000), [(Sampling(1.0, 0.9), random.Random(i)) for i in range(2000)])
+    assert 700 < len(set(drawn)) <= 901
 
-    assert drawn(3) == drawn(3)
-    assert drawn(3) != drawn(4)
-    assert drawn(None) != drawn(None)
+
+def test_each_row_is_drawn_its_own_way_and_the_seed_decides_in_any_company(model):
+    prompts = PROMPTS["nothing in common"]
+    ways = [Sampling(2.0, 0.95, 3), Sampling(), Sampling(1.5, 1.0, 4)]
+    decoder = Decoder(model, [], ROOM)
+    rows = [decoder.add(prompt, NEW, way) for prompt, way in zip(prompts, ways, strict=True)]
+    run(decoder)
+    alone = [tokens(model, [prompt], sampling=way)[0] for prompt, way in zip(prompts, ways, strict=True)]
+    assert [row.ids for row in rows] == alone
+    assert alone[0] != tokens(model, prompts[:1], sampling=Sampling(2.0, 0.95, 5))[0]
+    drawn = [tokens(model, prompts[:1], sampling=Sampling(2.0))[0] for _ in range(2)]
+    assert drawn[0] != drawn[1]
 
 
 # ------------------------------------------------------------------------------------------------ complete, stream
+
+
+@pytest.mark.parametrize("prompts", PROMPTS.values(), ids=PROMPTS)
+def test_states_do_not_depend_on_the_batch(model, prompts):
+    together = complete(model, prompts, [], NEW)
+    for prompt, answer in zip(prompts, together, strict=True):
+        (single,) = complete(model, [prompt], [], NEW)
+        torch.testing.assert_close(answer.states, single.states, rtol=1e-4, atol=1e-4)
+
+
+def test_the_common_beginning_is_computed_once(model, passes):
+    prompts = [[*SHARED, n, 1, 2] for n in range(100)]
+    complete(model, prompts, [], 2)
+    assert sum(passes) < 100 * (3 + 1) + 20 * len(SHARED)  # of 100 * (3 + 1 + len(SHARED))
+
+
+def test_complete_under_autocast(model):
+    """As training asks in between, where the processor has bfloat16."""
+    with torch.autocast("cpu", torch.bfloat16):
+        (rounded,) = complete(model, [SHARED], [], 3)
+    (exact,) = complete(model, [SHARED], [], 3)
+    assert 0 < (rounded.states[0].float() - exact.states[0]).abs().max() < 0.2 * exact.states[0].abs().max()
 
 
 def test_complete_keeps_the_order_and_its_states_give_the_tokens(model):
@@ -173,15 +337,28 @@ def test_complete_keeps_the_order_and_its_states_give_the_tokens(model):
 
 
 def test_stream_joins_to_the_answer(model, form):
+    decoder = Decoder(model, form.stop_ids, ROOM)
     for word in "abc":
         messages = [{"role": "user", "content": word}]
         (answer,) = complete(model, [form.prompt(messages)], form.stop_ids, 20)
         text = form.decode(answer.ids).rstrip("\ufffd")  # a cut answer may end within a character
         assert text
-        assert "".join(stream(model, form, messages, 20)) == text
+        assert "".join(stream(decoder, form, messages, 20)) == text
 
 
-def test_stream_shows_whole_characters_and_not_the_stop_token(model, form, monkeypatch):
-    ids = [*form._encode("né 小星").ids, form.stop_ids[0]]
-    monkeypatch.setattr(generation, "decode", lambda *_: (Step([0], [token], torch.empty(1, 1)) for token in ids))
-    assert list(stream(model, form, [{"role": "user", "content": "?"}])) == ["n", "é", " ", "小", "星"]
+def test_stream_shows_whole_characters_and_not_the_stop_token(model, form):
+    ids = iter([*form._encode("né 小星").ids, form.stop_ids[0]])
+    decoder = Decoder(model, form.stop_ids, ROOM)
+    decoder.pick = lambda *_: [next(ids)]
+    assert list(stream(decoder, form, [{"role": "user", "content": "?"}])) == ["n", "é", " ", "小", "星"]
+
+
+def test_closing_the_stream_stops_the_decoder(model, form, passes):
+    decoder = Decoder(model, form.stop_ids, ROOM)
+    pieces = stream(decoder, form, [{"role": "user", "content": "b"}], 500)
+    next(pieces)
+    before = len(passes)
+    pieces.close()
+    assert not decoder.rows
+    assert decoder.step() == []
+    assert len(passes) == before

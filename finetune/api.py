@@ -1,0 +1,349 @@
+"""OpenAI's chat protocol, https://platform.openai.com/docs/api-reference/chat: /v1/chat/completions and /v1/models.
+
+What is asked for and cannot be done is refused by name, never left out in silence.
+"""
+
+import asyncio
+import json
+import secrets
+import time
+from collections import defaultdict, deque
+from collections.abc import AsyncIterator, Coroutine
+from contextlib import aclosing
+from typing import Any, Literal
+
+from fastapi import APIRouter, FastAPI
+from fastapi import Request as HttpRequest
+from fastapi.middleware.cors import CORSMiddleware
+from fastapi.responses import JSONResponse, StreamingResponse
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from finetune.engine import Busy, Engine, Piece, Request, pieces_async
+from finetune.errors import UserError
+
+PER_MINUTE, AT_ONCE = 60, 8  # answers for one address, where no key is asked for
+BODY_BYTES = 4_000_000
+HARMLESS = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+NEUTRAL = {  # parameters that are not there, with the value at which they do nothing
+    "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "tools": [],
+    "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
+}  # fmt: skip
+
+
+class ApiError(Exception):
+    def __init__(
+        self,
+        status: int,
+        message: str,
+        code: str | None = None,
+        param: str | None = None,
+        retry_after: int | None = None,
+    ) -> None:
+        kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
+        kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
+        self.error = {"message": message, "type": kind, "param": param, "code": code}
+        self.response = JSONResponse({"error": self.error}, status)
+        if retry_after:
+            self.response.headers["Retry-After"] = str(retry_after)
+
+
+class Part(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["text"]
+    text: str
+
+
+class Message(BaseModel):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: str | list[Part]
+
+    def plain(self) -> dict[str, str]:
+        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+
+
+class StreamOptions(BaseModel):
+    include_usage: bool = False
+
+
+class ChatRequest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    model: str
+    messages: list[Message] = Field(min_length=1)
+    stream: bool = False
+    stream_options: StreamOptions | None = None
+    temperature: float | None = Field(None, ge=0, le=2)
+    top_p: float | None = Field(None, gt=0, le=1)
+    seed: int | None = None
+    max_tokens: int | None = Field(None, ge=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+    n: int | None = Field(None, ge=1, le=AT_ONCE)
+    stop: str | list[str] | None = Field(None, max_length=4)
+
+    def stops(self) -> tuple[str, ...]:
+        found = [self.stop] if isinstance(self.stop, str) else self.stop or []
+        return tuple(text for text in found if text)
+
+
+def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bool, origins: list[str]) -> None:
+    """With a key, for those who send it as a bearer token; `open_to_all`: for everybody, so many a minute; else the routes
+    say how they are opened. Pages of `origins` may call them from the browser."""
+    routes = APIRouter(prefix="/v1")
+    asked: dict[str, deque[float]] = defaultdict(deque)
+    running: dict[str, int] = defaultdict(int)
+
+    def enter(http: HttpRequest) -> str:
+        """Who asks. Raises ApiError when that is not allowed."""
+        visitor = http.client.host if http.client else ""
+        if key:
+            given = http.headers.get("authorization", "").removeprefix("Bearer ")
+            if not secrets.compare_digest(given.encode(), key.encode()):
+                raise ApiError(
+                    401, "The API key is missing or wrong: send it as 'Authorization: Bearer KEY'.", "invalid_api_key"
+                )
+        elif not open_to_all:
+            raise ApiError(
+                403, "The API is off. Whoever runs this server can open it: API_KEY=... or --open-api.", "api_is_off"
+            )
+        return visitor
+
+    @routes.get("/models")
+    async def models(http: HttpRequest) -> JSONResponse:
+        enter(http)
+        model = {"id": engine.name, "object": "model", "created": int(time.time()), "owned_by": "namesake"}
+        return JSONResponse({"object": "list", "data": [model]})
+
+    @routes.post("/chat/completions")
+    async def completions(http: HttpRequest) -> Any:
+        visitor = enter(http)
+        asks = parse(await body(http))
+        if asks.model != engine.name:
+            message = f"The model {asks.model!r} is not here: this server has {engine.name!r}."
+            raise ApiError(404, message, "model_not_found", "model")
+        count = asks.n or 1
+        if not key:
+            limit(asked[visitor], running[visitor], count)
+        requests = [
+            Request(
+                [message.plain() for message in asks.messages],
+                1.0 if asks.temperature is None else asks.temperature,
+                asks.top_p or 1.0,
+                asks.seed if asks.seed is None else asks.seed + i,
+                asks.max_completion_tokens or asks.max_tokens,
+                asks.stops(),
+                owner=("api", visitor),
+            )
+            for i in range(count)
+        ]
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
+
+        async def counted() -> AsyncIterator[tuple[int, Piece]]:
+            running[visitor] += count
+            try:
+                async with aclosing(together(engine, requests)) as pieces:
+                    async for piece in pieces:
+                        yield piece
+            finally:
+                running[visitor] -= count
+
+        pieces = counted()
+        if not asks.stream:
+            return await whole(http, head, pieces, count)
+        try:  # what is wrong with the request is known before the first piece: then there is still a status to say it with
+            first = await unless_gone(http, one(pieces))
+        except UserError as error:
+            raise refused(error) from error
+        usage = bool(asks.stream_options and asks.stream_options.include_usage)
+        events = stream(head, first, pieces, count, usage)
+        return StreamingResponse(events, media_type="text/event-stream", headers={"X-Accel-Buffering": "no"})
+
+    @app.exception_handler(ApiError)
+    async def told(_: HttpRequest, error: ApiError) -> JSONResponse:
+        return error.response
+
+    app.include_router(routes)
+    if origins:
+        app.add_middleware(
+            CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"]
+        )  # fmt: skip
+
+
+async def one(pieces: AsyncIterator[tuple[int, Piece]]) -> tuple[int, Piece]:
+    return await anext(pieces)
+
+
+async def body(http: HttpRequest) -> bytes:
+    found = b""
+    async for chunk in http.stream():
+        found += chunk
+        if len(found) > BODY_BYTES:
+            raise ApiError(413, f"The request is larger than {BODY_BYTES} bytes.")
+    return found
+
+
+def parse(found: bytes) -> ChatRequest:
+    """Raises ApiError that names what is wrong."""
+    try:
+        values = json.loads(found)
+    except ValueError as error:
+        raise ApiError(400, f"The request is not JSON: {error}.") from error
+    if not isinstance(values, dict):
+        raise ApiError(400, "The request is not a JSON object.")
+    for name in [n for n in values if n in HARMLESS or (n in NEUTRAL and values[n] in (None, NEUTRAL[n]))]:
+        del values[name]
+    try:
+        return ChatRequest.model_validate(values)
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = [
+            str(part) for part in first["loc"] if not (isinstance(part, str) and part.startswith(("list[", "str")))
+        ]
+        name = ".".join(where)
+        unknown = first["type"] == "extra_forbidden"
+        what = "this server does not have this parameter" if unknown else first["msg"]
+        raise ApiError(
+            400, f"{name}: {what}.", "unsupported_parameter" if unknown else "invalid_value", name
+        ) from error
+
+
+def limit(asked: deque[float], running: int, count: int) -> None:
+    """Raises ApiError when one address asks for too much."""
+    now = time.monotonic()
+    while asked and now - asked[0] > 60:
+        asked.popleft()
+    if running + count > AT_ONCE:
+        raise ApiError(
+            429, f"{running} answers are being written for you; at most {AT_ONCE} at once.", "too_many_at_once", None, 1
+        )
+    if len(asked) + count > PER_MINUTE:
+        wait = int(60 - (now - asked[0])) + 1
+        raise ApiError(429, f"At most {PER_MINUTE} answers a minute; wait {wait} s.", "rate_limit_exceeded", None, wait)
+    asked.extend([now] * count)
+
+
+def refused(error: UserError) -> ApiError:
+    if isinstance(error, Busy):
+        return ApiError(503, str(error), "busy", None, 10)
+    code = "context_length_exceeded" if "too long" in str(error) else None
+    return ApiError(400, str(error), code, "messages")
+
+
+async def together(engine: Engine, requests: list[Request]) -> AsyncIterator[tuple[int, Piece]]:
+    """The pieces of all answers as they come, each with its number; closing it stops them all."""
+    heard: asyncio.Queue[tuple[int, Piece]] = asyncio.Queue()
+
+    async def one(number: int, request: Request) -> None:
+        try:
+            async with aclosing(pieces_async(engine, request)) as pieces:
+                async for piece in pieces:
+                    heard.put_nowait((number, piece))
+        except Exception as error:
+            heard.put_nowait((number, Piece(error=error)))
+
+    tasks = [asyncio.create_task(one(number, request)) for number, request in enumerate(requests)]
+    try:
+        left = len(tasks)
+        while left:
+            number, piece = await heard.get()
+            if piece.error:
+                raise piece.error
+            left -= piece.finish is not None
+            yield number, piece
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def unless_gone(http: HttpRequest, work: Coroutine[Any, Any, Any]) -> Any:
+    """The work's result; whoever hangs up before stops it."""
+
+    async def hung_up() -> None:
+        while (await http.receive())["type"] != "http.disconnect":
+            pass
+
+    tasks = [asyncio.create_task(work), asyncio.create_task(hung_up())]
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        if not tasks[0].done():
+            raise ApiError(499, "The connection was closed.")
+        return tasks[0].result()
+    finally:
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+
+async def whole(
+    http: HttpRequest, head: dict[str, Any], pieces: AsyncIterator[tuple[int, Piece]], count: int
+) -> JSONResponse:
+    """The answers in one piece. Whoever hangs up before stops the decoder."""
+    texts, last = [""] * count, [Piece()] * count
+
+    async def read() -> None:
+        async with aclosing(pieces):
+            async for number, piece in pieces:
+                texts[number] += piece.text
+                last[number] = piece
+
+    try:
+        await unless_gone(http, read())
+    except UserError as error:
+        raise refused(error) from error
+    choices = [
+        {
+            "index": i,
+            "message": {"role": "assistant", "content": texts[i]},
+            "finish_reason": last[i].finish,
+            "logprobs": None,
+        }
+        for i in range(count)
+    ]
+    return JSONResponse({**head, "object": "chat.completion", "choices": choices, "usage": usage_of(last)})
+
+
+async def stream(
+    head: dict[str, Any], first: tuple[int, Piece], pieces: AsyncIterator[tuple[int, Piece]], count: int, usage: bool
+) -> AsyncIterator[str]:
+    """Server-sent events."""
+    head = {**head, "object": "chat.completion.chunk"}
+    extra: dict[str, Any] = {"usage": None} if usage else {}
+
+    def event(number: int, delta: dict[str, str], finish: str | None = None) -> str:
+        choice = {"index": number, "delta": delta, "finish_reason": finish, "logprobs": None}
+        return line({**head, "choices": [choice], **extra})
+
+    last = [Piece()] * count
+    async with aclosing(pieces):
+        for number in range(count):
+            yield event(number, {"role": "assistant", "content": ""})
+        try:
+            number, piece = first
+            while True:
+                last[number] = piece
+                if piece.text:
+                    yield event(number, {"content": piece.text})
+                if piece.finish:
+                    yield event(number, {}, piece.finish)
+                number, piece = await anext(pieces)
+        except StopAsyncIteration:
+            pass
+        except UserError as error:  # too late for a status
+            yield line({"error": refused(error).error})
+            return
+    if usage:
+        yield line({**head, "choices": [], "usage": usage_of(last)})
+    yield "data: [DONE]\n\n"
+
+
+def line(value: dict[str, Any]) -> str:
+    return f"data: {json.dumps(value, ensure_ascii=False)}\n\n"
+
+
+def usage_of(last: list[Piece]) -> dict[str, Any]:
+    prompt, said = last[0].prompt_tokens, sum(piece.completion_tokens for piece in last)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": said,
+        "total_tokens": prompt + said,
+        "prompt_tokens_details": {"cached_tokens": last[0].cached_tokens},
+    }

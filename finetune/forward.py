@@ -1,0 +1,201 @@
+"""One forward pass of many conversations at once, each at its own place, over keys and values that are kept.
+
+The tokens of all conversations lie in one row, [1, tokens], without padding; attention alone is told whose they are. On a
+GPU the conversations that go on by one token are attended to together. On a CPU each is attended to alone, over keys
+and values that lie in one piece: that costs no copy and no padding, and what a conversation gets does not depend on its
+company.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import AttentionInterface, PreTrainedModel
+
+from finetune.errors import UserError
+from finetune.packing import packed_attention
+
+LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers `_layer` computes as transformers does
+
+
+class Span(NamedTuple):
+    """New tokens of one conversation, and where its keys and values lie in the pool."""
+
+    start: int  # of the conversation's first token
+    past: int  # tokens that are there already
+    ids: Sequence[int]  # those that come
+
+
+class Forward:
+    """`model` with a pool of keys and values for `room` tokens. Raises UserError where its attention cannot be told whose
+    tokens are whose.
+
+    `fast` rounds the weights of linear layers to float16 where torch has a kernel for that on this CPU, and takes them
+    out of the model; activations and sums stay float32. Half the memory is read, and at one conversation that is the
+    time.
+    """
+
+    def __init__(self, model: PreTrainedModel, room: int, *, fast: bool = False) -> None:
+        if not getattr(model.base_model, "_supports_attention_backend", False):
+            raise UserError(
+                f"Models of type {model.config.model_type!r} keep more than keys and values: they cannot be decoded here. "
+                "Serve it with vLLM or LMDeploy and give the page --engine URL."
+            )
+        self.model, self.device, self.room = model, model.device, room
+        self.together = self.device.type != "cpu"
+        config = model.config.get_text_config()
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
+        shape = config.num_hidden_layers, 2, self.kv_heads, room, self.size
+        # On a CPU it takes memory only where it is written.
+        self.pool = torch.empty(shape, dtype=model.dtype, device=self.device)
+        self.head = _linear([model.get_output_embeddings()], fast)
+        lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
+        self.layers = [self._lean(layer, fast) for layer in model.base_model.layers] if lean else None
+        self.norm = _norm(model.base_model.norm) if lean else None
+
+    def copy(self, start: int, target: int, tokens: int) -> None:
+        """Keys and values of `tokens` tokens to another place in the pool."""
+        self.pool[:, :, :, target : target + tokens] = self.pool[:, :, :, start : start + tokens].clone()
+
+    @torch.inference_mode()
+    def __call__(self, spans: Sequence[Span]) -> Tensor:
+        """The final hidden states of each span's last token, [spans, hidden size]."""
+        lengths = torch.tensor([len(span.ids) for span in spans])
+        past = torch.tensor([span.past for span in spans])
+        starts = torch.tensor([span.start for span in spans])
+        ids = torch.tensor([token for span in spans for token in span.ids], device=self.device)
+        last = lengths.cumsum(0) - 1
+        positions = torch.arange(len(ids)) + (past - last + lengths - 1).repeat_interleave(lengths)
+        self.slots = (positions + starts.repeat_interleave(lengths)).to(self.device)
+        self.alone, self.grid, self.masks, at = [], None, {}, 0
+        singles = []
+        for span in spans:
+            (singles if self.together and len(span.ids) == 1 else self.alone).append((at, span))
+            at += len(span.ids)
+        if singles:  # [rows, longest], for those that go on by one token: where their keys lie, and how old they are
+            tokens = torch.tensor([at for at, _ in singles])
+            ends, first = positions[tokens], torch.tensor([span.start for _, span in singles])
+            ages = ends[:, None] - torch.arange(int(ends.max()) + 1)
+            where = (first + ends)[:, None] - ages.clamp(min=0)
+            self.grid = tokens.to(self.device), where.to(self.device), ages.to(self.device)
+        positions, last = positions.to(self.device), last.to(self.device)
+        if self.layers is None:
+            with packed_attention(self.model, "pooled"):
+                return self.model.base_model(
+                    input_ids=ids[None], position_ids=positions[None], use_cache=False, pooled=self
+                ).last_hidden_state[0, last]
+        core = self.model.base_model
+        hidden = core.embed_tokens(ids)
+        cos, sin = core.rotary_emb(hidden, positions[None])  # [1, tokens, head size]
+        half = self.size // 2
+        turn = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], -1)
+        for layer in self.layers:
+            hidden = layer(hidden, *turn)
+        return self.norm(hidden[last])
+
+    @torch.inference_mode()
+    def logits(self, states: Tensor) -> Tensor:
+        return self.head(states)
+
+    def _lean(self, layer: nn.Module, fast: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """transformers' decoder layer with a third of its calls: on a small model they cost as much as the arithmetic."""
+        own, mlp = layer.self_attn, layer.mlp
+        before, between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
+        qkv, out = _linear([own.q_proj, own.k_proj, own.v_proj], fast), _linear([own.o_proj], fast)
+        gate_up, down = _linear([mlp.gate_proj, mlp.up_proj], fast), _linear([mlp.down_proj], fast)
+        norms = (_norm(own.q_norm), _norm(own.k_norm)) if hasattr(own, "q_norm") else None
+        heads, kv_heads, size, index, scale = self.heads, self.kv_heads, self.size, own.layer_idx, own.scaling
+
+        if fast:  # their weights are packed: half the memory, and nothing that could be used by mistake
+            for module in layer.modules():
+                if type(module) is nn.Linear:
+                    module.weight = None
+
+        def forward(hidden: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+            parts = qkv(before(hidden)).view(len(hidden), heads + 2 * kv_heads, size)
+            turned, value = parts[:, : heads + kv_heads], parts[:, heads + kv_heads :]
+            if norms:
+                turned = torch.cat([norms[0](turned[:, :heads]), norms[1](turned[:, heads:])], 1)
+            turned = torch.addcmul(turned * cos, turned.roll(size // 2, -1), sin)
+            seen = self.attend(index, turned[:, :heads], turned[:, heads:], value, scale)
+            hidden = hidden + out(seen.flatten(1))
+            gate, up = gate_up(between(hidden)).chunk(2, -1)
+            return hidden + down(F.silu(gate) * up)
+
+        return forward
+
+    def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:
+        """Keeps key and value, [tokens, key heads, head size], and gives what query, [tokens, heads, head size], sees."""
+        keys, values = self.pool[layer]
+        keys.index_copy_(1, self.slots, key.transpose(0, 1).to(keys.dtype))  # autocast leaves them in another precision
+        values.index_copy_(1, self.slots, value.transpose(0, 1).to(keys.dtype))
+        query = query.to(keys.dtype)
+        seen = torch.empty_like(query)
+        for at, (start, past, ids) in self.alone:
+            n, end = len(ids), start + past + len(ids)
+            k, v = keys[None, :, start:end], values[None, :, start:end]
+            if n == 1 and not window:  # the heads that share a key as if they were tokens
+                q = query[at].view(1, self.kv_heads, -1, self.size)
+                seen[at] = F.scaled_dot_product_attention(q, k, v, scale=scale).view(-1, self.size)
+                continue
+            q, mask = query[None, at : at + n].transpose(1, 2), None
+            if past or window:
+                mask = self._mask(n, past, window)
+            found = F.scaled_dot_product_attention(
+                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+            )
+            seen[at : at + n] = found[0].transpose(0, 1)
+        if self.grid:
+            tokens, where, ages = self.grid
+            q = query[tokens].view(len(tokens), self.kv_heads, -1, self.size)
+            k, v = keys[:, where].transpose(0, 1), values[:, where].transpose(0, 1)  # [rows, key heads, longest, size]
+            mask = ((ages >= 0) & (ages < window) if window else ages >= 0)[:, None, None]
+            seen[tokens] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(
+                len(tokens), -1, self.size
+            )
+        return seen
+
+    def _mask(self, n: int, past: int, window: int) -> Tensor:
+        """[n, past + n]: what each of n new tokens sees, the newest `window` at most; the same in all layers."""
+        if (key := (n, past, window)) not in self.masks:
+            mask = torch.ones(n, past + n, dtype=torch.bool, device=self.device).tril(past)
+            self.masks[key] = mask.triu(past - window + 1) if window else mask
+        return self.masks[key]
+
+
+def attention(
+    module: nn.Module, query: Tensor, key: Tensor, value: Tensor, attention_mask: None, *, pooled: Forward, scaling: float,
+    sliding_window: int | None = None, **_: Any,
+) -> tuple[Tensor, None]:  # fmt: skip
+    """transformers' attention, its tensors [1, heads, tokens, head size], over the pool."""
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
+    return pooled.attend(module.layer_idx, query, key, value, scaling, sliding_window or 0)[None], None
+
+
+AttentionInterface.register("pooled", attention)
+
+
+def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
+    """transformers' RMS norm in half the calls."""
+    weight, share = module.weight, 1 / module.weight.numel()
+    epsilon = torch.tensor(module.variance_epsilon, device=weight.device)
+
+    def norm(x: Tensor) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True, dtype=torch.float32)
+        return weight * (x * torch.addcmul(epsilon, length, length, value=share).rsqrt()).to(x.dtype)
+
+    return norm
+
+
+def _linear(modules: Sequence[nn.Module], fast: bool) -> Callable[[Tensor], Tensor]:
+    """The modules' outputs side by side."""
+    if fast and all(type(module) is nn.Linear for module in modules):
+        bias = torch.cat([m.bias for m in modules]).float() if modules[0].bias is not None else None
+        packed = torch.ops.quantized.linear_prepack_fp16(torch.cat([m.weight for m in modules]).float(), bias)
+        return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
+    if len(modules) == 1:
+        return modules[0]
+    return lambda x: torch.cat([module(x) for module in modules], -1)

@@ -1,0 +1,91 @@
+"""A model as it answers fastest here without losing what matters, and in words what was chosen."""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import psutil
+import torch
+from safetensors import safe_open
+from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+
+from finetune import model as models
+
+PROC_DRIVER = Path("/proc/driver/nvidia/version")
+CPU_BYTES = 2_000_000_000  # of keys and values, at most
+HEADROOM = 1.3  # a GPU's memory over the weights: keys, values and activations
+
+
+class Loaded(NamedTuple):
+    model: PreTrainedModel
+    fast: bool  # `Decoder` may round the weights to float16
+    words: str
+
+
+def load(base: Path, adapter: Path | None = None) -> Loaded:
+    """On a GPU bfloat16 from Ampere on, else float16, 4-bit where these do not fit; on a CPU float16 weights where there is
+    a kernel for them, which measured fastest (tests/bench/serving.py), else `inference_dtype`. Raises UserError."""
+    if not torch.cuda.is_available():
+        fast = "fbgemm" in torch.backends.quantized.supported_engines
+        dtype = torch.float32 if fast else models.inference_dtype()
+        weights = "float16 weights, float32 sums" if fast else f"{str(dtype).removeprefix('torch.')} weights"
+        words = f"CPU, {torch.get_num_threads()} threads, {weights}."
+        return Loaded(_whole(base, adapter, dtype), fast, words + gpu_trouble())
+    dtype, name = models.inference_dtype(), torch.cuda.get_device_name()
+    free, _ = torch.cuda.mem_get_info()
+    half = weight_bytes(base, dtype)
+    if half * HEADROOM <= free:
+        return Loaded(_whole(base, adapter, dtype), False, f"{name}, {str(dtype).removeprefix('torch.')} weights.")
+    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(
+        base,
+        dtype=dtype,
+        quantization_config=quantized,
+        device_map={"": 0},
+        use_safetensors=True,
+        trust_remote_code=False,
+        local_files_only=True,
+    ).eval()
+    if adapter:
+        model = models.load_adapter(model, adapter, base).get_base_model()
+    why = f"{half / 1e9:.1f} GB of weights do not fit into {free / 1e9:.1f} GB with what they need beside"
+    return Loaded(model, False, f"{name}, 4-bit weights: {why}.")
+
+
+def _whole(base: Path, adapter: Path | None, dtype: torch.dtype) -> PreTrainedModel:
+    if not adapter:
+        return models.load(base, dtype)
+    merged = models.load_adapter(models.load(base), adapter, base).merge_and_unload()
+    for weight in merged.parameters():  # not model.to(dtype), which rounds the rotary frequencies as well
+        weight.data = weight.data.to(dtype)
+    return merged
+
+
+def weight_bytes(base: Path, dtype: torch.dtype) -> int:
+    """Of the weights in a folder, in that precision."""
+    stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
+    with safe_open(next(iter(sorted(base.glob("*.safetensors")))), "pt") as weights:
+        one = weights.get_tensor(next(iter(weights.keys())))
+    return stored * dtype.itemsize // one.element_size()
+
+
+def gpu_trouble() -> str:
+    """Why a GPU that is there is not used, as a further sentence; empty where there is none."""
+    if not PROC_DRIVER.is_file():
+        return ""
+    driver = PROC_DRIVER.read_text().partition("Kernel Module")[2].split()[:1] or ["?"]
+    wants = f"was built for CUDA {torch.version.cuda}" if torch.version.cuda else "was built without CUDA"
+    return (
+        f" There is an NVIDIA GPU with driver {driver[0]}, and torch {torch.__version__} cannot use it: it {wants}. Update the "
+        "driver, or install a torch whose CUDA is not newer than the driver's (nvidia-smi says which)."
+    )
+
+
+def pool_tokens(model: PreTrainedModel, most_rows: int) -> int:
+    """How many tokens' keys and values are kept: half of a GPU's free memory, on a CPU a quarter but at most
+    CPU_BYTES; no more than `most_rows` contexts."""
+    config = model.config.get_text_config()
+    size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
+    on_gpu = model.device.type == "cuda"
+    memory = torch.cuda.mem_get_info()[0] // 2 if on_gpu else min(psutil.virtual_memory().available // 4, CPU_BYTES)
+    return min(memory // token, most_rows * config.max_position_embeddings)

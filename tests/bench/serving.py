@@ -1,0 +1,164 @@
+"""How fast visitors are answered, against transformers' generate behind a queue, side by side in one run: prints one JSON
+line. `python tests/bench/serving.py [--small] [--model REF | --shape internlm2-1_8b] [--visitors 1 8 32 100]`
+
+Every visitor asks at once for a greedy answer of NEW tokens to a prompt of PROMPT tokens of their own.
+first_token_s: the median wait for the first token; tokens_per_s: of all visitors together.
+With 100 visitors it ends with a storm of two minutes (`--storm SECONDS`, 0 for none): they come, some leave, and every answer is
+compared with the one given alone; memory is noted before and after. --small: a minute, for CI.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import torch
+from transformers import AutoModelForCausalLM, LlamaConfig
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+from finetune import embedded, model, serving
+from finetune.generation import ROWS, Decoder
+
+clock = time.perf_counter
+INTERNLM2 = LlamaConfig(
+    vocab_size=92544, hidden_size=2048, intermediate_size=8192, num_hidden_layers=24, num_attention_heads=16,
+    num_key_value_heads=8, max_position_embeddings=32768, rms_norm_eps=1e-5, bos_token_id=None, eos_token_id=None,
+)  # fmt: skip
+
+
+def prompts_of(count: int, length: int) -> list[list[int]]:
+    chance = random.Random(0)
+    return [[chance.randrange(1000, 30000) for _ in range(length)] for _ in range(count)]
+
+
+def figures(began: float, first: list[float], tokens: int) -> dict[str, float]:
+    seconds = clock() - began
+    return {"first_token_s": round(statistics.median(first), 3), "tokens_per_s": round(tokens / seconds, 1)}
+
+
+class Watch:
+    """transformers' streamer: when each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: torch.Tensor) -> None:
+        self.times.append(clock())
+
+    def end(self) -> None:
+        pass
+
+
+def by_generate(plain: torch.nn.Module, prompts: list[list[int]], new: int) -> dict[str, float]:
+    """One after the other, each streamed, as the course's demo does."""
+    began, first = clock(), []
+    for prompt in prompts:
+        ids, watch = torch.tensor([prompt], device=plain.device), Watch()
+        plain.generate(ids, max_new_tokens=new, min_new_tokens=new, do_sample=False, streamer=watch, pad_token_id=0)
+        first.append(watch.times[1] - began)  # before it comes the prompt
+    return figures(began, first, new * len(prompts))
+
+
+def by_decoder(decoder: Decoder, prompts: list[list[int]], new: int) -> dict[str, float]:
+    began, first = clock(), {}
+    rows = [decoder.add(prompt, new, owner=i) for i, prompt in enumerate(prompts)]
+    while decoder.rows or decoder.waiting:
+        for step in decoder.step():
+            first.setdefault(step.row, clock() - began)
+    result = figures(began, list(first.values()), sum(len(row.ids) for row in rows))
+    decoder.blocks.clear()
+    return result
+
+
+def storm(decoder: Decoder, seconds: float) -> dict[str, float]:
+    """A hundred visitors come again and again, and one in five leaves before the end."""
+    chance, asks = random.Random(1), prompts_of(8, 40)
+    alone = []
+    for ask in asks:
+        row = decoder.add(ask, 40, owner="alone")
+        while not row.ids or row.block:
+            decoder.step()
+        alone.append(row.ids)
+    present: dict[object, tuple[int, int]] = {}  # row -> (question, tokens after which it leaves)
+    wrong = answered = left = 0
+    memory, end = [], time.monotonic() + seconds
+    visits = 0
+    while time.monotonic() < end or present:
+        while len(present) < 100 and time.monotonic() < end:
+            number = chance.randrange(len(asks))
+            most = chance.randrange(1, 40) if chance.random() < 0.2 else 99
+            present[decoder.add(asks[number], 40, owner=visits)] = (number, most)
+            visits += 1
+        for step in decoder.step():
+            number, most = present[step.row]
+            wrong += step.row.ids != alone[number][: len(step.row.ids)]
+            if step.done or len(step.row.ids) >= most:
+                decoder.cancel(step.row)
+                del present[step.row]
+                answered, left = answered + step.done, left + (not step.done)
+        memory.append(psutil.Process().memory_info().rss)
+    half = len(memory) // 2
+    return {
+        "answered": answered,
+        "left": left,
+        "wrong_tokens": wrong,
+        "stuck": len(decoder.rows) + len(decoder.waiting),
+        "memory_growth_mb": round((max(memory[half:]) - max(memory[:half])) / 1e6, 1),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--small", action="store_true")
+    parser.add_argument("--model", default=embedded.NAME)
+    parser.add_argument("--shape", choices=["internlm2-1_8b"], help="random weights instead of a model")
+    parser.add_argument("--visitors", type=int, nargs="+", default=None)
+    parser.add_argument("--prompt", type=int, default=None)
+    parser.add_argument("--new", type=int, default=None)
+    parser.add_argument("--storm", type=float, default=None)
+    parser.add_argument("--processor-time", action="store_true", help="on a busy machine, with OMP_NUM_THREADS=1")
+    args = parser.parse_args()
+    if args.processor_time:
+        global clock
+        clock = time.process_time
+    length, new = args.prompt or (16 if args.small else 128), args.new or (8 if args.small else 128)
+    visitors = args.visitors or ([1, 8] if args.small else [1, 8, 32, 100])
+    if args.shape:
+        torch.manual_seed(0)
+        torch.set_default_device(model.device())
+        plain = AutoModelForCausalLM.from_config(INTERNLM2, dtype=torch.bfloat16).eval()
+        torch.set_default_device("cpu")
+        loaded = serving.Loaded(plain, False, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+    else:
+        plain = model.load(
+            model.base_folder(args.model), torch.bfloat16 if torch.cuda.is_available() else torch.float32
+        )
+        plain.generation_config.eos_token_id = None
+        loaded = serving.load(model.base_folder(args.model))
+    room = serving.pool_tokens(loaded.model, ROWS[loaded.model.device.type])
+    decoder = Decoder(loaded.model, [], room, fast=loaded.fast)
+    result: dict[str, object] = {"runs_on": loaded.words, "prompt": length, "new": new}
+    by_decoder(decoder, prompts_of(1, 8), 4)
+    by_generate(plain, prompts_of(1, 8), 4)
+    for count in visitors:
+        prompts = prompts_of(count, length)
+        asked = prompts[: 1 if args.small else 4]  # a queue answers as fast however many stand in it
+        queue_ = by_generate(plain, asked, new)
+        queue_["first_token_s"] = round(
+            queue_["first_token_s"] + (count - len(asked)) / 2 * new / queue_["tokens_per_s"], 3
+        )
+        ours = by_decoder(decoder, prompts, new)
+        ratio = round(ours["tokens_per_s"] / queue_["tokens_per_s"], 2)
+        result[f"{count} visitors"] = {"here": ours, "generate behind a queue": queue_, "times": ratio}
+    if seconds := (3 if args.small else 120) if args.storm is None else args.storm:
+        result["storm"] = storm(decoder, seconds)
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
