@@ -386,7 +386,7 @@ def verify(folder: Path) -> int:
         loaded: Any = model.load(folder)
     else:
         base = model.base_folder(manifest["base"]["ref"])
-        loaded = model.load_adapter(model.load(base), folder, base)
+        loaded = model.load_adapter(model.load(base), folder, base).get_base_model()
     form = model.OwnFormat(folder, loaded)
     prompts = [form.prompt(w["messages"]) for w in witnesses]
     answers = [
