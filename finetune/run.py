@@ -27,6 +27,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 RUNS = Path("runs")
+FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
 FIRST = (None, "check", "data")  # what a new run begins with; other stages need one that is there
 
 
@@ -71,13 +72,17 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--preset", help=f"settings to start from: {', '.join(settings.preset_names())}")
     parse.add_argument("--method", help="lora")
     parse.add_argument("--task", help="identity")
+    parse.add_argument(
+        "--data", action="append", help="a file or folder to learn from, PATH or PATH=WEIGHT; several times for several"
+    )
+    parse.add_argument("--skip-bad", action="store_true", default=None, help="go on without rows that are wrong")
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
     parse.add_argument("--seed", type=int)
     parse.add_argument("--model", help="evaluate this model, a folder or hf:user/name, made here or elsewhere")
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
     if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
-        known = [f"--{name}" for name in vars(args) if name != "stage"]
+        known = [f"--{name.replace('_', '-')}" for name in vars(args) if name != "stage"]
         raise UserError(*(_unknown("flag", flag, known) for flag in flags))
     if args.stage not in (None, *stages.STAGES):
         raise UserError(_unknown("stage", args.stage, stages.STAGES))
@@ -149,7 +154,7 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     elif args.stage != "check":
         with problems.collect():
             ask_persona(args)
-    flags = {key: value for key in ("base", "method", "task", "seed") if (value := getattr(args, key)) is not None}
+    flags = {key: value for key in FLAGS if (value := getattr(args, key)) is not None}
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]
     with problems.collect():

@@ -75,6 +75,8 @@ class Settings:
     task: Literal["identity"] = "identity"
     method: Literal["lora"] = "lora"
     seed: int = 0
+    data: tuple[str, ...] = ()  # files or folders to learn from, PATH or PATH=WEIGHT; see finetune/records.py
+    skip_bad: bool = False  # go on without rows that cannot be read
     persona: Persona = Persona()
     train: Train = Train()
     gate: Gate = Gate()
@@ -115,6 +117,7 @@ def _replace(current: Any, values: dict[str, Any], prefix: str, problems: list[s
                 problems.append(f"Setting {where} is a section: write {where}.KEY=VALUE.")
         else:
             value = float(value) if hints[key] is float and type(value) is int else value
+            value = tuple(value) if hints[key] == tuple[str, ...] and isinstance(value, list) else value
             if wrong := _wrong(where, hints[key], value):
                 problems.append(f"{where} is {value!r}; it must be {wrong}.")
             else:
@@ -127,9 +130,12 @@ def _wrong(where: str, hint: Any, value: Any) -> str:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         return "" if value in choices else " or ".join(choices)
+    if typing.get_origin(hint) is tuple:
+        right = isinstance(value, tuple) and all(type(item) is str for item in value)
+        return "" if right else 'a list of texts, ["a", "b"]'
     if type(value) is not hint:
-        return {int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
-    if hint is str:
+        return {bool: "true or false", int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
+    if hint in (str, bool):
         return ""
     if not math.isfinite(value):
         return "a finite number"
