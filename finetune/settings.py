@@ -43,6 +43,7 @@ class Train:
     first_layer: int = 0  # the starter's weights in layers below this one stay as they are
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
+    full_learning_rate: float = 3e-5  # method full's, whose every weight moves
     steps: int = 150
     identity_rows: int = 4  # conversations of each sort in one step
     near_rows: int = 16
@@ -72,8 +73,8 @@ class Merge:
 @dataclasses.dataclass(frozen=True)
 class Settings:
     base: str = DEFAULT_PRESET  # a preset's name, a local folder, or a repo reference
-    task: Literal["identity"] = "identity"
-    method: Literal["lora"] = "lora"
+    task: Literal["identity", "instruct", "pretrain"] = "identity"
+    method: Literal["lora", "qlora", "full"] = "lora"
     seed: int = 0
     data: tuple[str, ...] = ()  # files or folders to learn from, PATH or PATH=WEIGHT; see finetune/records.py
     skip_bad: bool = False  # go on without rows that cannot be read

@@ -323,7 +323,7 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
     from tqdm import tqdm
 
     from finetune.generation import answer_texts
-    from finetune.train import losses, parts, teacher_example
+    from finetune.train import MOST_TOKENS, losses, parts, teacher_example
 
     probes = [{key: value for key, value in probe.items() if key not in ("answer", "passed")} for probe in base]
     with tqdm(total=len(probes), desc="Scoring", unit="answer") as bar:
@@ -339,7 +339,7 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
     answers = run.ask_base(ordinary, ANSWER_TOKENS)
     examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
     with torch.inference_mode():
-        total = sum(losses(model, part)[1].item() for part in parts(examples, model.device))
+        total = sum(losses(model, part)[1].item() for part in parts(examples, MOST_TOKENS))
     return scorecard.summarise(judged, total / sum(len(example.positions) for example in examples), base)
 
 

@@ -100,11 +100,9 @@ def test_batches_of_the_same_seed():
     assert list(batches(groups, 9, 5)) == list(batches(groups, 9, 5)) != list(batches(groups, 9, 6))
 
 
-def test_parts_keep_to_the_bound(monkeypatch):
-    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 20)
-
+def test_parts_keep_to_the_bound():
     def lengths(*given: int) -> list[list[int]]:
-        return [[len(e.ids) for e in part] for part in parts([of_length(n) for n in given], torch.device("cpu"))]
+        return [[len(e.ids) for e in part] for part in parts([of_length(n) for n in given], 20)]
 
     assert lengths(5, 30, 8, 7, 8, 3, 20, 21) == [[3, 5, 7], [8, 8], [20], [21], [30]]
     assert lengths(10, 10) == [[10, 10]]
@@ -150,9 +148,8 @@ def test_losses_are_the_plain_ones(model, batch):
 
 
 @torch.no_grad()
-def test_losses_of_the_parts_add_up(model, batch, monkeypatch):
-    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 25)
-    pieces = list(parts(batch, model.device))
+def test_losses_of_the_parts_add_up(model, batch):
+    pieces = list(parts(batch, 25))
     assert len(pieces) > 2
     sums = torch.stack([torch.stack(losses(model, piece)) for piece in pieces]).sum(0)
     torch.testing.assert_close(sums, torch.stack(losses(model, batch)), rtol=1e-5, atol=1e-4)
