@@ -108,6 +108,15 @@ class ChatFormat:
         """Ids from which the assistant's next answer is decoded."""
         return self.render(messages, reply=True).ids
 
+    def encode(self, text: str):  # noqa: ANN201
+        """The text alone as a tokenizers.Encoding: no control token, whatever it spells."""
+        return self._encode(text)
+
+    def document(self, text: str, *, ends: bool = True) -> list[int]:
+        """Ids of a plain text, as models are pretrained on it, with its end-of-text token if it `ends`."""
+        end = [self.control[token] for token in ("<|endoftext|>", "</s>") if ends and token in self.control]
+        return [*self._bos, *self._encode(text).ids, *end[:1]]
+
     def decode(self, ids: Sequence[int]) -> str:
         return self.tokenizer.decode(list(ids), skip_special_tokens=True)
 

@@ -57,9 +57,10 @@ def base_folder(ref: str) -> Path:
 
 def origin(folder: Path, ref: str) -> dict[str, str]:
     """{"base_model", "license"} of a base model, for the card of what is made from it; "license" may be "unknown"."""
-    if (record := folder / embedded.RECORD).is_file():
-        values = json.loads(record.read_text(encoding="utf-8"))
-        return {key: values[key] for key in ("base_model", "license")}
+    for record in (folder / embedded.RECORD, folder / "manifest.json"):  # the latter in what was merged here
+        if record.is_file():
+            values = json.loads(record.read_text(encoding="utf-8"))
+            return {key: values[key] for key in ("base_model", "license")}
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)^---", text, re.M | re.S)
@@ -270,6 +271,13 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
             if isinstance(module, LoraLayer):
                 module.get_base_layer().to(torch.bfloat16)
     return tuned
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter merged into it, all of its weights requiring gradients."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)
 
 
 def check_adapter(adapter: Path, base: Path) -> None:

@@ -16,18 +16,22 @@ FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("parrot", "≤ base +", "answers alike", "鹦鹉学舌"),
     ("kl", "≤", "KL(base ‖ tuned), nats/token", "与基座的偏移"),
     ("facts_kept", "≥", "facts kept", "知识保留"),
+    ("loss", "≤ base ×", "held-out rows, nats/token", "留出数据的损失"),
+    ("recall", "", "training texts continued word for word", "续写训练文本"),
+    ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
 )
-SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
+SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01", "recall-01", "reply-01")  # the probes whose answers the summary puts side by side
 SIDES = ("base", "tuned")
+UNLIMITED = ("kl", "loss", "recall", "reply")  # shown where they were measured, whatever the gate asks
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
-    """One row per figure: its words, the sides' values as text, and the gate's limit."""
-    card, limits = run.read("scorecard.json"), vars(run.settings.gate)
+    """One row per figure that was measured: its words, the sides' values as text, and the gate's limit."""
+    card, limits = run.read("scorecard.json"), run.limits
     sides = {"base": card["base"], "tuned": card.get("merged", card["tuned"])}  # what users get, where it was scored
 
     def text(side: str, key: str) -> str:
-        value = sides[side][key]
+        value = sides[side].get(key)
         return "–" if value is None else f"{value:.3f}"
 
     return [
@@ -35,10 +39,11 @@ def figures(run: Run) -> list[dict[str, Any]]:
             "key": key,
             "en": en,
             "zh": zh,
-            "limit": f"{sign} {limits[key]:g}",
+            "limit": f"{sign} {limits[key]:g}" if key in limits else "",
             **{side: text(side, key) for side in SIDES},
         }
         for key, sign, en, zh in FIGURES
+        if key in limits or (key in UNLIMITED and any(sides[side].get(key) is not None for side in SIDES))
     ]
 
 
@@ -55,7 +60,7 @@ def side_by_side(run: Run, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]
 
 def print_scorecard(run: Run) -> None:
     console = Console(highlight=False)
-    table = Table("", "", *SIDES, "limit", title=Text(f"{run.persona.name} · {run.folder}"), title_justify="left")
+    table = Table("", "", *SIDES, "limit", title=Text(f"{run.title} · {run.folder}"), title_justify="left")
     for row in figures(run):
         table.add_row(row["en"], row["zh"], *(row[side] for side in SIDES), row["limit"])
     console.print(table, markup=False)

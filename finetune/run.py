@@ -33,7 +33,7 @@ FIRST = (None, "check", "data")  # what a new run begins with; other stages need
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        return work(parse(arguments))
+        return chain([parse(part) for part in parts(sys.argv[1:] if arguments is None else arguments)])
     except UserError as error:
         for problem in error.problems:
             say(f"error: {problem}")
@@ -48,6 +48,36 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。")
         return 130
+
+
+def parts(arguments: list[str]) -> list[list[str]]:
+    """Several --task make a chain of runs: what is before the first is for all of them, what follows one is its own."""
+    starts = [i for i, word in enumerate(arguments) if word.partition("=")[0] == "--task"]
+    if len(starts) < 2:
+        return [arguments]
+    return [arguments[: starts[0]] + arguments[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def chain(runs: list[argparse.Namespace]) -> int:
+    """One run, or several of which each starts from the last's model: FOLDER-TASK, and the last in FOLDER itself."""
+    if len(runs) == 1:
+        return work(runs[0])
+    if any(args.stage or args.model for args in runs):
+        raise UserError("A chain of tasks does every stage: leave the stage out, or name it with one task and its --run.")
+    last, refused = runs[-1], []
+    if last.task == "identity":
+        ask_persona(last)
+    folder = last.run or RUNS / folder_name(last.name if last.task == "identity" else last.task)
+    for i, args in enumerate(runs):
+        args.run = folder if args is last else folder.with_name(f"{folder.name}-{i + 1}-{args.task}")
+        args.base = args.base if i == 0 else str(runs[i - 1].run / "model")
+        try:
+            work(args)
+        except GateRefused as error:  # a later task may mend it, and each has its own report
+            refused += [f"{args.run}: {problem}" for problem in error.problems]
+    if refused:
+        raise GateRefused(*refused)
+    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,8 +100,10 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--base", help="a preset's name, a local folder or hf:user/name (default: the embedded SmolLM2-135M-Instruct)"
     )
     parse.add_argument("--preset", help=f"settings to start from: {', '.join(settings.preset_names())}")
-    parse.add_argument("--method", help="lora")
-    parse.add_argument("--task", help="identity")
+    parse.add_argument("--method", help="lora, qlora (the base in 4 bits) or full (every weight)")
+    parse.add_argument(
+        "--task", help="identity, instruct (conversations, with --data) or pretrain (texts, with --data)"
+    )
     parse.add_argument(
         "--data", action="append", help="a file or folder to learn from, PATH or PATH=WEIGHT; several times for several"
     )
@@ -100,7 +132,8 @@ def work(args: argparse.Namespace) -> int:
     if args.model:
         return evaluate_model(args)
     if args.stage not in FIRST:
-        args.run = args.run or (RUNS / folder_name(args.name) if args.name else newest_run())
+        named = args.name or (args.task if args.task != "identity" else None)
+        args.run = args.run or (RUNS / folder_name(named) if named else newest_run())
         if not has(args.run, "settings.toml"):
             raise UserError(f"There is no run in {args.run} yet: leave out '{args.stage}' to do every stage.")
     run = open_run(args)
@@ -113,7 +146,7 @@ def work(args: argparse.Namespace) -> int:
             say("check: nothing stands in the way. / 检查通过。")
         return 0
 
-    to_do = [name for name in stages.PIPELINE if not (run.folder / stages.STAGES[name].product).exists()]
+    to_do = [name for name in stages.PIPELINE if not stages.is_done(run, name)]
     if to_do:
         stages.check(run)
         for name in to_do:
@@ -151,7 +184,7 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     stored, problems = {}, Problems()
     if args.run and has(args.run, "settings.toml"):
         stored = settings.read_toml(args.run / "settings.toml")
-    elif args.stage != "check":
+    elif args.stage != "check" and args.task in (None, "identity"):
         with problems.collect():
             ask_persona(args)
     flags = {key: value for key in FLAGS if (value := getattr(args, key)) is not None}
@@ -165,7 +198,8 @@ def open_run(args: argparse.Namespace) -> stages.Run:
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    run = stages.Run(args.run or RUNS / folder_name(values.persona.name), values)
+    named = values.persona.name if values.task == "identity" else values.task
+    run = stages.Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:
         stages.check(run, problems)  # tells its own at the same time
     problems.stop_if_any()

@@ -39,15 +39,18 @@ class Persona:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    starter: str = ""  # an adapter in assets/starters to begin from; empty: a fresh one
+    starter: str = ""  # an adapter in assets/starters that the identity task begins from; empty: a fresh one
     first_layer: int = 0  # the starter's weights in layers below this one stay as they are
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
     full_learning_rate: float = 3e-5  # method full's, whose every weight moves
-    steps: int = 150
+    steps: int = 150  # of the identity task
     identity_rows: int = 4  # conversations of each sort in one step
     near_rows: int = 16
     ordinary_rows: int = 4
+    epochs: float = 3.0  # of instruct and pretrain: how often every row is read
+    tokens: int = 16_384  # of their steps, at most; little data makes smaller steps
+    length: int = 1024  # tokens of a row; a longer text becomes several, a longer conversation is cut
     kl_weight: float = 3.0  # of KL(base || tuned) against the cross-entropy
     checkpoint_every: int = 10  # steps
     develop_every: int = 25  # steps between looks at what the model says to development questions
@@ -63,6 +66,7 @@ class Gate:
     parrot: float = 0.05  # at most, over the base's own
     kl: float = 0.15  # nats per token, at most
     facts_kept: float = 0.9  # at least
+    loss: float = 1.0  # of instruct's and pretrain's held-out rows, at most this many times the base's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +88,10 @@ class Settings:
     merge: Merge = Merge()
 
 
-AT_LEAST_ONE = ("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every")
+AT_LEAST_ONE = (
+    *("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every"),
+    *("train.tokens", "train.length"),
+)
 
 
 def build(*layers: dict[str, Any]) -> Settings:

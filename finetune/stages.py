@@ -1,6 +1,8 @@
 """The stages of a run, in order. Each reads what earlier ones left in the run's folder and leaves its own part there as a
 whole, under its final name last; a stage whose part is there has nothing to do."""
 
+import contextlib
+import dataclasses
 import importlib.metadata
 import json
 import os
@@ -11,7 +13,7 @@ import shutil
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,7 +21,7 @@ from typing import Any, NamedTuple
 import psutil
 from packaging.requirements import Requirement
 
-from finetune import embedded, identity, scorecard, settings
+from finetune import embedded, identity, records, scorecard, settings, tasks
 from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
@@ -28,7 +30,7 @@ DEVELOP = 1  # development questions of each kind and language, twice as many of
 STARTERS = ROOT / "assets" / "starters"
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
 ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
-MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
+MEMORY_BYTES = 2_000_000_000  # beside copies of the base's weights: libraries, activations, an adapter's optimizer
 
 
 class Run:
@@ -65,7 +67,45 @@ class Run:
     def tuned_format(self):  # noqa: ANN201
         from finetune.chat_format import ChatFormat
 
+        if self.settings.task == "pretrain":
+            return self.base_format  # of conversations it learns nothing
         return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
+        own = ("parrot", "facts_kept", "loss")
+        identity = self.settings.task == "identity"
+        return {k: v for k, v in vars(self.settings.gate).items() if (k != "loss" if identity else k in own)}
+
+    @property
+    def title(self) -> str:
+        """What is made here: the assistant's name, or of the other tasks which and from what."""
+        if self.settings.task == "identity":
+            return self.persona.name
+        base = self.before.title if self.before else Path(self.settings.base).name
+        return f"{base} + {self.settings.task}"
+
+    @property
+    def before(self) -> "Run | None":
+        """The run that made the base, where the base is its merged model."""
+        folder = Path(self.settings.base.removeprefix("dir:")).expanduser()
+        if folder.name != "model" or not all((folder.parent / name).exists() for name in ("settings.toml", "data")):
+            return None
+        return Run(folder.parent, settings.build(settings.read_toml(folder.parent / "settings.toml")))
+
+    @property
+    def trained(self) -> Path:
+        """What the train stage leaves: the adapter, or the whole model where every weight was trained."""
+        return self.folder / ("weights" if self.settings.method == "full" else "adapter")
+
+    def load_tuned(self) -> Any:
+        """For inference, as users get it: merged, in `inference_dtype`."""
+        from finetune import model
+
+        if self.settings.method == "full":
+            return model.load(self.trained, model.inference_dtype())
+        return model.load_merged(self.base, self.trained)
 
     @cached_property
     def answer_tokens(self) -> int:
@@ -95,6 +135,9 @@ class Run:
         new.replace(self.folder / name)
 
     def rows(self, name: str) -> list[dict]:
+        """A file of data/; heldout.jsonl is there where a run, or one before it, learned from rows of a user's."""
+        if not (self.folder / "data" / name).exists():
+            return []
         with (self.folder / "data" / name).open(encoding="utf-8") as lines:
             return [json.loads(line) for line in lines]
 
@@ -110,7 +153,12 @@ class Run:
 def check(run: Run, problems: Problems | None = None) -> None:
     """Everything that can be found before the work starts, all at once, after `problems` found already. Raises UserError."""
     problems = problems or Problems()
-    problems.found += identity.check_persona(run.persona)
+    if run.settings.task == "identity":
+        problems.found += identity.check_persona(run.persona)
+        if run.settings.data:
+            problems.found.append("--data goes with --task instruct or pretrain: the identity task makes its own rows.")
+    elif not run.settings.data:
+        problems.found.append(f"--task {run.settings.task} learns from your files: name them with --data.")
     problems.found += missing_packages()
     if run.settings.base == embedded.NAME:
         problems.found += embedded.problems()
@@ -137,7 +185,8 @@ def check(run: Run, problems: Problems | None = None) -> None:
             "space or choose another folder with --run."
         )
     problems.found += starter_problems(run, base_bytes > 0 and run.settings.base != embedded.NAME)
-    if (free := psutil.virtual_memory().available) < (need := 3 * base_bytes + MEMORY_BYTES):
+    copies = 6 if run.settings.method == "full" else 3
+    if (free := psutil.virtual_memory().available) < (need := copies * base_bytes + MEMORY_BYTES):
         problems.found.append(
             f"Finetuning {run.settings.base} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB is free; close "
             "other programs or choose a smaller --base."
@@ -148,7 +197,7 @@ def check(run: Run, problems: Problems | None = None) -> None:
 def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     """What keeps the run from beginning with its starter."""
     values = run.settings.train
-    if not values.starter:
+    if not values.starter or run.settings.task != "identity":
         return []
     folder = STARTERS / values.starter
     if not (folder / "adapter_config.json").is_file():
@@ -200,6 +249,33 @@ def teacher_question(row: dict) -> list[dict]:
 def data(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     settings.write(run.settings, run.folder / "settings.toml")
+    new = run.folder / "data.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    if run.settings.task == "identity":
+        files = {"train.jsonl": identity_rows(run), "probes.jsonl": identity.probes(run.persona)}
+        for name, lines in files.items():
+            write_lines(new / name, lines)
+    else:
+        rows = records.read(run.settings.data, run.settings.skip_bad)
+        values = run.settings
+        tasks.prepare(rows, values.task, run.tuned_format, values.train.length, values.seed, new)
+        kept = [probe for probe in identity.probes(run.persona) if probe["kind"] in ("ordinary", "fact")]
+        write_lines(new / "probes.jsonl", kept, "a")  # by which is measured what it forgot
+    if run.before:  # what the base learned in the runs before is asked again
+        write_lines(new / "heldout.jsonl", run.before.rows("heldout.jsonl"), "a")
+        earlier = [probe for probe in run.before.rows("probes.jsonl") if probe["kind"] in tasks.KINDS]
+        write_lines(new / "probes.jsonl", earlier, "a")
+    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
+    new.rename(run.folder / "data")
+
+
+def write_lines(file: Path, rows: Iterable[dict], mode: str = "w") -> None:
+    with file.open(mode, encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def identity_rows(run: Run) -> list[dict]:
     values = run.settings.train  # the base is asked no more than the steps will use
     most = {
         key: getattr(values, f"{row}_rows") * values.steps
@@ -213,15 +289,7 @@ def data(run: Run) -> None:
         row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
         if any(word in text for word in identity.SMOLLM):
             rows.remove(row)  # the base named itself: not to be taught
-    new = run.folder / "data.tmp"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for name, lines in (("train.jsonl", rows), ("probes.jsonl", identity.probes(run.persona))):
-        (new / name).write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
-    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
-    new.rename(run.folder / "data")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -231,6 +299,60 @@ def train(run: Run) -> None:
     import torch
 
     from finetune import model as models
+    from finetune import train as training
+
+    values, form = run.settings.train, run.tuned_format
+    if problems := starter_problems(run, base_is_there=True):
+        raise UserError(*problems)
+    with contextlib.ExitStack() as files:
+        if run.settings.task == "identity":
+            batches, ask = identity_batches(run), lambda model: develop(run, model)
+        else:
+            tokens, read = files.enter_context(tasks.lines(run.folder / "data" / "train.jsonl"))
+            steps, plan = tasks.plan(tokens, values.tokens, values.epochs, run.settings.seed)
+            values, ask = dataclasses.replace(values, steps=steps), None
+            batches = (
+                [training.answer_example(*tasks.encode(read(row), form, values.length)) for row in step]
+                for step in plan()
+            )
+        torch.manual_seed(run.settings.seed)
+        starter = STARTERS / values.starter if values.starter and run.settings.task == "identity" else None
+        model = models.load_for_training(run.base, run.settings.method)
+        if run.settings.method != "full":
+            model = models.add_lora(model, values.rank, starter, values.first_layer)
+        elif starter:
+            model = models.with_adapter(model, starter)
+        for _ in training.train(model, batches, values, run.folder, ask):
+            pass
+    history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    if training.asked(history):
+        kept = training.best(history)
+        say(
+            f"Kept step {kept['step']} of {history[-1]['step']}: identity {kept['dev_identity']:.2f}, leak {kept['dev_leak']:.2f} on development questions."
+        )
+        if not kept["dev_passed"]:
+            say(f"Training did not reach what the gate asks for; wrong: {kept['dev_wrong']}.")
+    base = models.origin(run.base, run.settings.base)["base_model"]
+    record = {"base": base, "base_sha256": run.base_sha256, "format_hash": form.hash}
+    if run.settings.method == "full":
+        training.save_full(model, form, run.trained)
+    else:
+        training.save_adapter(model, record, run.trained)
+    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
+    weights = sorted(run.trained.glob("*.safetensors"))
+    run.note(
+        seed=run.settings.seed,
+        base={"ref": run.settings.base, "sha256": run.base_sha256},
+        format_hash=form.hash,
+        **({"adapter_sha256": embedded.sha256(weights[0])} if run.settings.method != "full" else {}),
+        stored_bytes=sum(file.stat().st_size for file in weights),
+        peak_memory=peak_memory(),
+        versions=versions(),
+        hardware=hardware(),
+    )
+
+
+def identity_batches(run: Run) -> Iterator[list[Any]]:
     from finetune import train as training
 
     values, form = run.settings.train, run.tuned_format
@@ -244,35 +366,18 @@ def train(run: Run) -> None:
         else:
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
-    torch.manual_seed(run.settings.seed)
-    if problems := starter_problems(run, base_is_there=True):
-        raise UserError(*problems)
-    starter = STARTERS / values.starter if values.starter else None
-    model = models.add_lora(models.load(run.base), values.rank, starter, values.first_layer)
     counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
-    groups = [(examples[name], counts[name]) for name in examples]
-    batches = training.batches(groups, values.steps, run.settings.seed)
-    for _ in training.train(model, batches, values, run.folder, lambda model: develop(run, model)):
-        pass
-    history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    kept = training.best(history)
-    say(
-        f"Kept step {kept['step']} of {history[-1]['step']}: identity {kept['dev_identity']:.2f}, leak {kept['dev_leak']:.2f} on development questions."
-    )
-    if not kept["dev_passed"]:
-        say(f"Training did not reach what the gate asks for; wrong: {kept['dev_wrong']}.")
-    base = models.origin(run.base, run.settings.base)["base_model"]
-    record = {"base": base, "base_sha256": run.base_sha256, "format_hash": form.hash}
-    training.save_adapter(model, record, run.folder / "adapter")
-    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
-    run.note(
-        seed=run.settings.seed,
-        base={"ref": run.settings.base, "sha256": run.base_sha256},
-        format_hash=form.hash,
-        adapter_sha256=embedded.sha256(run.folder / "adapter" / "adapter_model.safetensors"),
-        versions=versions(),
-        hardware=hardware(),
-    )
+    return training.batches([(examples[name], counts[name]) for name in examples], values.steps, run.settings.seed)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process has held at most: {"host", "gpu" where there is one}."""
+    import torch
+
+    status = Path("/proc/self/status")  # Linux
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    host = int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
+    return {"host": host} | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
 def develop(run: Run, model: Any) -> dict[str, Any]:
@@ -325,22 +430,27 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
     from finetune.generation import answer_texts
     from finetune.train import MOST_TOKENS, losses, parts, teacher_example
 
+    length, held = run.settings.train.length, run.rows("heldout.jsonl")
+    loss = tasks.loss_by_task(model, form, held, length)
     probes = [{key: value for key, value in probe.items() if key not in ("answer", "passed")} for probe in base]
-    with tqdm(total=len(probes), desc="Scoring", unit="answer") as bar:
+    own = [probe for probe in probes if probe["kind"] not in tasks.KINDS]
+    with tqdm(total=len(own), desc="Scoring", unit="answer") as bar:
         judged = scorecard.evaluate(
             lambda conversations: answer_texts(model, form, conversations, run.answer_tokens, bar.update),
-            probes,
+            own,
             run.persona,
             base,
         )
-    if not kl:
-        return scorecard.summarise(judged, None, base)
-    ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
-    answers = run.ask_base(ordinary, ANSWER_TOKENS)
-    examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
-    with torch.inference_mode():
-        total = sum(losses(model, part)[1].item() for part in parts(examples, MOST_TOKENS))
-    return scorecard.summarise(judged, total / sum(len(example.positions) for example in examples), base)
+    judged += tasks.ask(model, form, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+    divergence = None
+    if kl:
+        ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
+        answers = run.ask_base(ordinary, ANSWER_TOKENS)
+        examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
+        with torch.inference_mode():
+            total = sum(losses(model, part)[1].item() for part in parts(examples, MOST_TOKENS))
+        divergence = total / sum(len(example.positions) for example in examples)
+    return scorecard.summarise(judged, divergence, base, loss, run.settings.task)
 
 
 def base_answers(run: Run, probes: list[dict]) -> list[dict]:
@@ -349,15 +459,25 @@ def base_answers(run: Run, probes: list[dict]) -> list[dict]:
     def answer(conversations: list[list[dict]]) -> list[str]:
         return [run.base_format.decode(a.ids).strip() for a in run.ask_base(conversations, ANSWER_TOKENS)]
 
-    return scorecard.evaluate(answer, probes, run.persona)
+    return scorecard.evaluate(answer, [p for p in probes if p["kind"] not in tasks.KINDS], run.persona)
+
+
+def base_side(run: Run) -> dict[str, Any]:
+    """The base's side of the scorecard."""
+    from finetune import model as models
+
+    probes, held = run.rows("probes.jsonl"), run.rows("heldout.jsonl")
+    judged, loss = base_answers(run, probes), {}
+    if held:
+        model = models.load(run.base, models.inference_dtype())
+        judged += tasks.ask(model, run.base_format, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+        loss = tasks.loss_by_task(model, run.base_format, held, run.settings.train.length)
+    return scorecard.summarise(judged, 0.0, None, loss, run.settings.task)
 
 
 def evaluate(run: Run) -> None:
-    from finetune import model as models
-
-    base = base_answers(run, run.rows("probes.jsonl"))
-    tuned = score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
-    write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": tuned})
+    base = base_side(run)
+    write_scorecard(run, {"base": base, "tuned": score(run, run.load_tuned(), run.tuned_format, base["answers"])})
 
 
 def evaluate_model(run: Run, ref: str) -> None:
@@ -383,8 +503,7 @@ def evaluate_model(run: Run, ref: str) -> None:
 
 
 def write_scorecard(run: Run, card: dict[str, Any]) -> None:
-    limits = vars(run.settings.gate)
-    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, limits)})
+    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, run.limits)})
 
 
 # ---------------------------------------------------------------------------------------------------------- merge
@@ -404,7 +523,7 @@ def merge(run: Run) -> None:
         card = run.read("scorecard.json")
         model, scored = (
             models.load(folder, models.inference_dtype()),
-            models.load_merged(run.base, run.folder / "adapter"),
+            run.load_tuned(),
         )
         same = zip(model.parameters(), scored.parameters(), strict=True)
         if models.chat_format(folder).hash == run.tuned_format.hash and all(torch.equal(*pair) for pair in same):
@@ -413,20 +532,22 @@ def merge(run: Run) -> None:
             card["merged"] = score(run, model, models.chat_format(folder), card["base"]["answers"])
         write_scorecard(run, card)
         (folder / "README.md").write_text(model_card(run, origin, proof), encoding="utf-8")
-        return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
+        named = {"name": run.persona.name, "author": run.persona.author} if run.settings.task == "identity" else {}
+        return {**named, "task": run.settings.task, **origin, "base_sha256": run.base_sha256}
 
-    conversations = [
-        probe["messages"] for probe in run.rows("probes.jsonl")[::20]
-    ]  # a spread over the kinds and both languages
+    # a spread over the kinds and both languages
+    probes = [probe["messages"] for probe in run.rows("probes.jsonl") if probe["kind"] != "recall"]
     merging.merge(
         run.base,
-        run.folder / "adapter",
+        run.trained,
         run.tuned_format,
         run.settings.merge.dtype,
-        conversations,
+        probes[:: max(1, min(20, len(probes) // 8))],
         run.folder / "model",
         finish,
+        run.settings.method,
     )
+    shutil.rmtree(run.folder / "weights", ignore_errors=True)  # of full finetuning: they are in model/ now
     run.note(model_sha256=embedded.sha256(run.folder / "model" / "manifest.json"))
 
 
@@ -483,22 +604,26 @@ STAGES = {
     "check": Stage(check, None),
     "data": Stage(data, "data"),
     "train": Stage(train, "adapter", ("data",)),
-    "evaluate": Stage(evaluate, "scorecard.json", ("data", "adapter")),
-    "merge": Stage(merge, "model", ("data", "adapter", "scorecard.json")),
-    "report": Stage(report, "report.html", ("data", "adapter", "scorecard.json", "model")),
+    "evaluate": Stage(evaluate, "scorecard.json", ("data", "train")),
+    "merge": Stage(merge, "model", ("data", "train", "evaluate")),
+    "report": Stage(report, "report.html", ("data", "train", "evaluate", "merge")),
     "chat": Stage(chat, None),
 }
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
 
 
+def is_done(run: Run, name: str) -> bool:
+    if name == "train":  # after full finetuning its weights end in the merged model
+        return run.trained.exists() or (run.folder / "model").exists()
+    return bool(product := STAGES[name].product) and (run.folder / product).exists()
+
+
 def perform(run: Run, name: str) -> bool:
     """Do a stage unless its product is there. Returns whether it did. Raises UserError when an earlier one is missing."""
     stage = STAGES[name]
-    if stage.product and (run.folder / stage.product).exists():
+    if is_done(run, name):
         return False
-    if missing := [
-        n for n in PIPELINE if STAGES[n].product in stage.needs and not (run.folder / STAGES[n].product).exists()
-    ]:
+    if missing := [other for other in stage.needs if not is_done(run, other)]:
         raise UserError(f"Stage {name} needs {', '.join(missing)} first: run '{run.command}'.")
     began = time.perf_counter()
     stage.work(run)

@@ -141,7 +141,7 @@ class _Chunks(torch.autograd.Function):
     """Each chunk's gradient is computed at once, so that its logits are neither kept nor computed twice."""
 
     @staticmethod
-    def forward(ctx, loss, head, size, targets, hidden, *weights):  # noqa: ANN001, ANN205 - autograd's own form
+    def forward(ctx, loss, head, size, targets, hidden, *weights):  # noqa: ANN001, ANN002, ANN205 - autograd's own form
         trained = [weight for weight in weights if weight.requires_grad]
         total, grads, sums = hidden.new_zeros((), dtype=torch.float32), [], [torch.zeros_like(w) for w in trained]
         for h, t in zip(hidden.split(size), targets.split(size), strict=True):
