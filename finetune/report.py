@@ -1,6 +1,7 @@
 """What happened in this run, with pictures: the terminal's summary, report.html, and the model card."""
 
 import json
+from collections.abc import Callable
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -20,8 +21,9 @@ FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("recall", "", "training texts continued word for word", "续写训练文本"),
     ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
 )
-SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01", "recall-01", "reply-01")  # the probes whose answers the summary puts side by side
+SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
 SIDES = ("base", "tuned")
+HOW = {"lora": "a LoRA adapter, merged", "qlora": "a QLoRA adapter, merged", "full": "every weight trained"}
 UNLIMITED = ("kl", "loss", "recall", "reply")  # shown where they were measured, whatever the gate asks
 
 
@@ -56,6 +58,44 @@ def side_by_side(run: Run, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]
         for entry in card["base"]["answers"]
         if not chosen or entry["id"] in chosen
     ]
+
+
+def added(run: Run) -> dict[str, Any]:
+    """What each run of a chain added: {"models": words for each model from the first base on, "figures": [(words, a value
+    for each model or None)], "answers": [(probe, each model's answer or None)]}; empty where there is no chain."""
+    runs = run.lineage
+    if len(runs) < 2:
+        return {}
+    cards = [each.read("scorecard.json") for each in runs]
+    before = [card["base"] for card in cards]
+    after = [card.get("merged", card["tuned"]) for card in cards]
+
+    def through(get: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        """Of each model: what its own run measured, or where that did not ask yet, the next one's, whose base it is."""
+        own = [None, *map(get, after)]
+        return [value if value is not None else get(base) for value, base in zip(own, [*before, {}], strict=True)]
+
+    def answer(card: dict[str, Any], probe: str) -> str | None:
+        return next((entry["answer"] for entry in card.get("answers", []) if entry["id"] == probe), None)
+
+    tasks = [each.settings.task for each in runs]
+    rows = [
+        (f"held-out rows of {task}, nats/token", through(lambda c, t=task: c.get("loss_by_task", {}).get(t)))
+        for task in dict.fromkeys(tasks)
+        if task != "identity"
+    ]
+    rows += [
+        (en, through(lambda c, k=key: c.get(k))) for key, _, en, _ in FIGURES if key in ("recall", "reply", "identity")
+    ]
+    shown = []
+    for kind in ("recall", "reply", "name"):
+        asked = [entry for entry in after[-1]["answers"] if entry["kind"] == kind]
+        # of those that the last model gets right one that some earlier one got wrong, if there is any
+        failed = {entry["id"] for card in before for entry in card["answers"] if not entry["passed"]}
+        asked.sort(key=lambda entry: (not entry["passed"], entry["id"] not in failed))
+        shown += [(probe, through(lambda c, i=probe["id"]: answer(c, i))) for probe in asked[:1]]
+    names = [runs[0].base_name, *(f"+ {each.settings.task} ({each.settings.method})" for each in runs)]
+    return {"models": names, "figures": [row for row in rows if any(v is not None for v in row[1])], "answers": shown}
 
 
 def print_scorecard(run: Run) -> None:
@@ -99,7 +139,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any]) -> str:
         _environment(html=False)
         .get_template("model_card.md.jinja")
         .render(
-            name=json.dumps(run.persona.name, ensure_ascii=False)[1:-1],
+            name=json.dumps(run.title, ensure_ascii=False)[1:-1],
+            how=HOW[run.settings.method],
             author=json.dumps(run.persona.author, ensure_ascii=False)[1:-1],
             origin=origin,
             figures=figures(run),
@@ -120,6 +161,9 @@ def write_report(run: Run) -> None:
             figures=figures(run),
             gate=run.read("scorecard.json")["gate"],
             answers=side_by_side(run),
+            added=added(run),
+            title=run.title,
+            task=run.settings.task,
             curves=[
                 curve(having, key)
                 for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")

@@ -59,11 +59,13 @@ def parts(arguments: list[str]) -> list[list[str]]:
 
 
 def chain(runs: list[argparse.Namespace]) -> int:
-    """One run, or several of which each starts from the last's model: FOLDER-TASK, and the last in FOLDER itself."""
+    """One run, or several of which each starts from the last's model: FOLDER-1-TASK ..., and the last in FOLDER itself."""
     if len(runs) == 1:
         return work(runs[0])
     if any(args.stage or args.model for args in runs):
-        raise UserError("A chain of tasks does every stage: leave the stage out, or name it with one task and its --run.")
+        raise UserError(
+            "A chain of tasks does every stage: leave the stage out, or name it with one task and its --run."
+        )
     last, refused = runs[-1], []
     if last.task == "identity":
         ask_persona(last)
@@ -71,6 +73,12 @@ def chain(runs: list[argparse.Namespace]) -> int:
     for i, args in enumerate(runs):
         args.run = folder if args is last else folder.with_name(f"{folder.name}-{i + 1}-{args.task}")
         args.base = args.base if i == 0 else str(runs[i - 1].run / "model")
+    problems = Problems()
+    for args in runs:
+        with problems.collect():
+            problems.found += stages.task_problems(open_run(args))
+    problems.stop_if_any()
+    for args in runs:
         try:
             work(args)
         except GateRefused as error:  # a later task may mend it, and each has its own report

@@ -72,6 +72,10 @@ class Run:
         return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
 
     @property
+    def base_name(self) -> str:
+        return Path(self.settings.base).name
+
+    @property
     def limits(self) -> dict[str, float]:
         """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
         own = ("parrot", "facts_kept", "loss")
@@ -83,8 +87,7 @@ class Run:
         """What is made here: the assistant's name, or of the other tasks which and from what."""
         if self.settings.task == "identity":
             return self.persona.name
-        base = self.before.title if self.before else Path(self.settings.base).name
-        return f"{base} + {self.settings.task}"
+        return f"{self.before.title if self.before else self.base_name} + {self.settings.task}"
 
     @property
     def before(self) -> "Run | None":
@@ -93,6 +96,11 @@ class Run:
         if folder.name != "model" or not all((folder.parent / name).exists() for name in ("settings.toml", "data")):
             return None
         return Run(folder.parent, settings.build(settings.read_toml(folder.parent / "settings.toml")))
+
+    @property
+    def lineage(self) -> "list[Run]":
+        """The runs from the first base to this one, each starting from the last's model."""
+        return [*(self.before.lineage if self.before else []), self]
 
     @property
     def trained(self) -> Path:
@@ -136,10 +144,8 @@ class Run:
 
     def rows(self, name: str) -> list[dict]:
         """A file of data/; heldout.jsonl is there where a run, or one before it, learned from rows of a user's."""
-        if not (self.folder / "data" / name).exists():
-            return []
-        with (self.folder / "data" / name).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        file = self.folder / "data" / name
+        return read_lines(file) if file.exists() else []
 
     def note(self, **values: Any) -> None:
         """Add to receipt.json."""
@@ -153,12 +159,7 @@ class Run:
 def check(run: Run, problems: Problems | None = None) -> None:
     """Everything that can be found before the work starts, all at once, after `problems` found already. Raises UserError."""
     problems = problems or Problems()
-    if run.settings.task == "identity":
-        problems.found += identity.check_persona(run.persona)
-        if run.settings.data:
-            problems.found.append("--data goes with --task instruct or pretrain: the identity task makes its own rows.")
-    elif not run.settings.data:
-        problems.found.append(f"--task {run.settings.task} learns from your files: name them with --data.")
+    problems.found += task_problems(run)
     problems.found += missing_packages()
     if run.settings.base == embedded.NAME:
         problems.found += embedded.problems()
@@ -192,6 +193,20 @@ def check(run: Run, problems: Problems | None = None) -> None:
             "other programs or choose a smaller --base."
         )
     problems.stop_if_any()
+
+
+def task_problems(run: Run) -> list[str]:
+    """What is wrong with the persona or the data files."""
+    task, data = run.settings.task, run.settings.data
+    if task == "identity":
+        wrong = identity.check_persona(run.persona)
+        return wrong + (["--data goes with --task instruct or pretrain: identity makes its own rows."] if data else [])
+    if not data:
+        return [f"--task {task} learns from your files: name them with --data."]
+    problems = Problems()
+    with problems.collect():
+        records.open_sources(data)
+    return problems.found
 
 
 def starter_problems(run: Run, base_is_there: bool) -> list[str]:
@@ -264,10 +279,16 @@ def data(run: Run) -> None:
         write_lines(new / "probes.jsonl", kept, "a")  # by which is measured what it forgot
     if run.before:  # what the base learned in the runs before is asked again
         write_lines(new / "heldout.jsonl", run.before.rows("heldout.jsonl"), "a")
+        own = {probe["id"] for probe in read_lines(new / "probes.jsonl")}
         earlier = [probe for probe in run.before.rows("probes.jsonl") if probe["kind"] in tasks.KINDS]
-        write_lines(new / "probes.jsonl", earlier, "a")
+        write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
     run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
     new.rename(run.folder / "data")
+
+
+def read_lines(file: Path) -> list[dict]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
 
 
 def write_lines(file: Path, rows: Iterable[dict], mode: str = "w") -> None:

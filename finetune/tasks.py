@@ -135,11 +135,9 @@ def recall_probes(rows: Sequence[dict[str, Any]], form: ChatFormat, seed: int) -
         cut = source.randint(first, last)
         start, end = offsets[cut][0], offsets[cut + RECALL_ANSWER][0]
         if follows := row["text"][start:end].strip():
-            probe = {"id": f"recall-{len(probes) + 1:02}", "kind": "recall", "lang": "", "expect": "continuation"}
-            probes.append(
-                {**probe, "accept": [follows], "messages": [{"role": "user", "content": row["text"][:start]}]}
-            )
-    return probes
+            prompt = [{"role": "user", "content": row["text"][:start]}]
+            probes.append(_probe("recall", "continuation", prompt, follows))
+    return list({probe["id"]: probe for probe in probes}.values())
 
 
 def reply_probes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -147,9 +145,23 @@ def reply_probes(rows: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     probes = []
     for row in rows[:PROBES]:
         last = max(i for i, message in enumerate(row["messages"]) if message["role"] == "assistant")
-        probe = {"id": f"reply-{len(probes) + 1:02}", "kind": "reply", "lang": "", "expect": "an answer that ends"}
-        probes.append({**probe, "accept": [row["messages"][last]["content"]], "messages": row["messages"][:last]})
-    return [probe for probe in probes if probe["messages"]]
+        if last:
+            answer = row["messages"][last]["content"]
+            probes.append(_probe("reply", "an answer that ends", row["messages"][:last], answer))
+    return list({probe["id"]: probe for probe in probes}.values())
+
+
+def _probe(kind: str, expect: str, messages: list[dict[str, str]], answer: str) -> dict[str, Any]:
+    """Its id is its content's: later runs that ask it again, of their own base, ask it under the same."""
+    digest = hashlib.sha256(json.dumps(messages).encode()).hexdigest()[:8]
+    return {
+        "id": f"{kind}-{digest}",
+        "kind": kind,
+        "lang": "",
+        "expect": expect,
+        "accept": [answer],
+        "messages": messages,
+    }
 
 
 # -------------------------------------------------------------------------------------------------------- training
