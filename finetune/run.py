@@ -36,7 +36,7 @@ def main(arguments: list[str] | None = None) -> int:
         return chain([parse(part) for part in parts(sys.argv[1:] if arguments is None else arguments)])
     except UserError as error:
         for problem in error.problems:
-            say(f"error: {problem}")
+            print(f"error: {problem}", file=sys.stderr, flush=True)  # whichever process it is
         return error.status
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -145,7 +145,7 @@ def work(args: argparse.Namespace) -> int:
         if not has(args.run, "settings.toml"):
             raise UserError(f"There is no run in {args.run} yet: leave out '{args.stage}' to do every stage.")
     run = open_run(args)
-    if args.stage == "data":
+    if args.stage == "data" and stages.is_main():
         stages.check(run)
     if args.stage:
         if not stages.perform(run, args.stage):
@@ -154,14 +154,18 @@ def work(args: argparse.Namespace) -> int:
             say("check: nothing stands in the way. / 检查通过。")
         return 0
 
-    to_do = [name for name in stages.PIPELINE if not stages.is_done(run, name)]
+    to_do = stages.agreed([name for name in stages.PIPELINE if not stages.is_done(run, name)])
     if to_do:
-        stages.check(run)
+        if stages.is_main():
+            stages.check(run)
         for name in to_do:
             say(f"[{name}]")
             stages.perform(run, name)
     else:
         say(f"Everything in {run.folder} is finished, nothing to do. / 全部完成，无需重做。")
+    stages.agreed(None)  # the last stage is done
+    if not stages.is_main():
+        return 0
     from finetune.report import print_summary
 
     print_summary(run)

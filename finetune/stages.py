@@ -3,6 +3,7 @@ whole, under its final name last; a stage whose part is there has nothing to do.
 
 import contextlib
 import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -359,6 +360,8 @@ def train(run: Run) -> None:
         training.save_full(model, form, run.trained)
     else:
         training.save_adapter(model, record, run.trained)
+    if not is_main():
+        return
     shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
     weights = sorted(run.trained.glob("*.safetensors"))
     run.note(
@@ -633,6 +636,24 @@ STAGES = {
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
 
 
+def is_main() -> bool:
+    """Of the processes that `accelerate launch` started one does every stage; at training all work."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agreed(value: Any) -> Any:
+    """The main process's value, in all of them, which wait for it here."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return value
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    # however long the main process scores or merges
+    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(days=1))
+    return broadcast_object_list([value])[0]
+
+
 def is_done(run: Run, name: str) -> bool:
     if name == "train":  # after full finetuning its weights end in the merged model
         return run.trained.exists() or (run.folder / "model").exists()
@@ -642,8 +663,12 @@ def is_done(run: Run, name: str) -> bool:
 def perform(run: Run, name: str) -> bool:
     """Do a stage unless its product is there. Returns whether it did. Raises UserError when an earlier one is missing."""
     stage = STAGES[name]
-    if is_done(run, name):
+    if agreed(is_done(run, name)):
         return False
+    if not is_main():
+        if name == "train":
+            train(run)
+        return True
     if missing := [other for other in stage.needs if not is_done(run, other)]:
         raise UserError(f"Stage {name} needs {', '.join(missing)} first: run '{run.command}'.")
     began = time.perf_counter()

@@ -188,7 +188,7 @@ def train(
     itself answered right, "leak": share of others that bring the name up, "passed": whether that is enough}. When it
     passes twice running, training is over; the weights of the best time are kept.
     """
-    accelerator = Accelerator()
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
     core = core_of(model)
     rate = settings.learning_rate if isinstance(model, PeftModel) else settings.full_learning_rate
     optimizer = adamw(core, [weight for weight in model.parameters() if weight.requires_grad], rate)
@@ -259,6 +259,7 @@ def train(
         with torch.no_grad():
             for name, weight in load_file(checkpoint / BEST).items():
                 weights[name].copy_(weight)
+    accelerator.wait_for_everyone()
     model.eval()
 
 
