@@ -209,6 +209,25 @@ def test_an_answer_follows_the_generation_prompt(form):
                 assert mask.index(1) == len(prompt)
 
 
+@pytest.mark.parametrize("options", [{}, {"reply": True}, {"supervise": "all"}], ids=str)
+def test_a_batch_is_rendered_as_one_by_one(form, options):
+    many = conversations(list(form.control))[::7]
+    assert form.render_all(many, **options) == [form.render(messages, **options) for messages in many]
+    assert form.render_all([]) == []
+
+
+def test_running_text_is_learned_whole_and_writes_no_control_token_but_its_frame(plain):
+    typed = texts(list(plain.control))
+    bos = plain.tokenizer.encode("").ids
+    end = plain.control["</s>" if "<|plugin|>" in plain.control else "<|endoftext|>"]
+    for text, (ids, mask) in zip(typed, plain.render_texts(typed), strict=True):
+        assert mask == [1] * len(ids)
+        assert [*bos, *ids[len(bos) :][:-1], end] == ids
+        inside = ids[len(bos) : -1]
+        assert not set(inside) & set(plain.control.values())
+        assert plain.tokenizer.decode(inside) == kept(plain, text)
+
+
 def test_streamed_pieces_join_to_the_text_and_break_no_character(form):
     for text in [*texts([]), "".join(texts(list(form.control)))]:
         ids = form.tokenizer.encode(text.replace(SPLIT, ""), add_special_tokens=False).ids
