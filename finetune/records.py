@@ -117,12 +117,18 @@ def read(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, A
     What form a file has is said on standard error. After the good rows UserError names every bad one by file and line;
     with `skip_bad` they are named there too, and counted.
     """
+    for row in good_rows(sources, skip_bad):
+        yield {key: row[key] for key in ("messages", "text", "place") if key in row}
+
+
+def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, Any]]:
+    """`read` with all that `scan` says of a row."""
     good, bad, first, broken = 0, 0, [], ()
     try:
         for row in scan(sources):
             if "problem" not in row:
                 good += 1
-                yield {key: row[key] for key in ("messages", "text", "place") if key in row}
+                yield row
             else:
                 bad += 1
                 first += [f"{row['place']}: {row['problem']}"] if bad <= SHOWN else []
@@ -141,8 +147,8 @@ def read(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, A
 
 
 def scan(sources: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every row, good or bad: {"place": "FILE:LINE", "form": its name, "raw": as it was read} and with these "messages",
-    "text", or "problem": what is wrong with it. Raises UserError for all sources that cannot be read, before the first."""
+    """Every row, good or bad: {"place": "FILE:LINE", "form": its name, "raw": as it was read, "again": whether its weight
+    repeats it} and "messages", "text", or "problem": what is wrong with it. Raises UserError for all sources that cannot be read, before the first."""
     found = open_sources(sources)
     streams = [_weighted(source) for source in found]
     said = set()
@@ -235,7 +241,7 @@ def _weighted(source: Source) -> Iterator[tuple[float, Path, dict[str, Any]]]:
         for file in source.files:
             for line, raw, done in _rows(file):
                 number += 1
-                row = {"place": f"{file}:{line}", **understand(raw)}
+                row = {"place": f"{file}:{line}", "again": turn > 0, **understand(raw)}
                 wanted, taken = int(number * weight + 1e-9) > taken, int(number * weight + 1e-9)
                 if wanted if "problem" not in row else turn == 0:  # a bad row is told once
                     yield (turn + (before + done) / total) / rounds, file, row

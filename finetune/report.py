@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -9,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetune import preview
 from finetune.stages import ROOT, Run
 
 FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
@@ -151,32 +153,38 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any]) -> str:
     )
 
 
+def write_page(file: Path, template: str, **values: Any) -> None:
+    page = _environment(html=True).get_template(template).render(**values)
+    new = file.with_name(f"{file.name}.tmp")
+    new.write_text(page, encoding="utf-8")
+    new.replace(file)
+
+
 def write_report(run: Run) -> None:
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    page = (
-        _environment(html=True)
-        .get_template("report.html.jinja")
-        .render(
-            persona=run.persona,
-            figures=figures(run),
-            gate=run.read("scorecard.json")["gate"],
-            answers=side_by_side(run),
-            added=added(run),
-            title=run.title,
-            task=run.settings.task,
-            curves=[
-                curve(having, key)
-                for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
-                if (having := [line for line in metrics if key in line])
-            ],
-            last=metrics[-1],
-            receipt=run.read("receipt.json"),
-            proof=run.read("model/manifest.json")["proof"],
-        )
+    with (run.folder / "data" / "train.jsonl").open(encoding="utf-8") as lines:
+        found = preview.survey(run.tuned_format, map(json.loads, lines), run.settings.train.length)
+    write_page(
+        run.folder / "report.html",
+        "report.html.jinja",
+        persona=run.persona,
+        figures=figures(run),
+        gate=run.read("scorecard.json")["gate"],
+        answers=side_by_side(run),
+        added=added(run),
+        title=run.title,
+        task=run.settings.task,
+        curves=[
+            curve(having, key)
+            for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
+            if (having := [line for line in metrics if key in line])
+        ],
+        last=metrics[-1],
+        receipt=run.read("receipt.json"),
+        proof=run.read("model/manifest.json")["proof"],
+        datum=preview.life(run.tuned_format, found["first"]),
+        facts=preview.facts(run, found),
     )
-    new = run.folder / "report.html.tmp"
-    new.write_text(page, encoding="utf-8")
-    new.replace(run.folder / "report.html")
 
 
 def curve(metrics: list[dict[str, float]], key: str, width: int = 600, height: int = 160) -> dict[str, Any]:

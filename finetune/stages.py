@@ -210,6 +210,25 @@ def task_problems(run: Run) -> list[str]:
     return problems.found
 
 
+def examine(run: Run) -> None:
+    """The stage `check`: the machine, everything that stands in the way, and with --data a row's life and what training on
+    these rows takes. Raises UserError."""
+    from finetune import doctor, preview
+
+    problems = Problems()
+    doctor.show(run)
+    with problems.collect():
+        check(run)
+    if run.settings.data:
+        with problems.collect():
+            if problems.found:  # the rows' own are told with these
+                for _ in records.read(run.settings.data, run.settings.skip_bad):
+                    pass
+            else:
+                preview.examine(run)
+    problems.stop_if_any()
+
+
 def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     """What keeps the run from beginning with its starter."""
     values = run.settings.train
@@ -625,7 +644,7 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "check": Stage(check, None),
+    "check": Stage(examine, None),
     "data": Stage(data, "data"),
     "train": Stage(train, "adapter", ("data",)),
     "evaluate": Stage(evaluate, "scorecard.json", ("data", "train")),

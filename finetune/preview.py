@@ -1,0 +1,265 @@
+"""A user's rows before the work: one row's life from the file to the supervised tokens; lengths, what is cut, copies; and
+what training on them will take, found by training for a moment."""
+
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import random
+import re
+import tempfile
+import time
+import unicodedata
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import psutil
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from finetune import records
+from finetune.chat_format import ChatFormat, Rendered
+from finetune.embedded import say
+from finetune.stages import Run
+
+SAMPLE, CHARACTERS = 1000, 4_000_000  # rows that are tokenized, and of these so many characters; the others are counted
+TOKENS = 400  # that are shown of one row
+STEPS, MIN_TOKENS = 60, 1024  # a run has about so many steps at least, as long as a step has MIN_TOKENS
+TRIAL_SECONDS = 12.0  # training is tried so long, and two steps at least
+
+
+# ------------------------------------------------------------------------------------------------------- one datum
+
+
+def life(form: ChatFormat, row: dict[str, Any]) -> dict[str, Any]:
+    """{"place", "raw": JSON, "messages", "text": with control tokens, "tokens": [{"id", "text", "supervised", "control"}],
+    "more": tokens beyond those} of a row of records.py or of train.jsonl; a token that ends no character has no text."""
+    ids, mask = render(form, [row])[0]
+    names = {number: token for token, number in form.control.items()}
+    tokens, stream = [], form.stream()
+    for number, supervised in zip(ids, mask, strict=True):
+        control = number in names
+        text = names[number] if control else stream.add(number)
+        stream = form.stream() if control else stream
+        tokens.append({"id": number, "text": text, "supervised": bool(supervised), "control": control})
+    raw = row.get("raw") or {key: value for key, value in row.items() if key not in ("place", "form", "again")}
+    return {
+        "place": row.get("place", ""),
+        "raw": json.dumps(raw, ensure_ascii=False, indent=1, default=str),
+        "messages": row.get("messages") or [{"role": "text", "content": row["text"]}],
+        "text": "".join(token["text"] for token in tokens),
+        "tokens": tokens[:TOKENS],
+        "more": max(0, len(tokens) - TOKENS),
+    }
+
+
+def render(form: ChatFormat, rows: Sequence[dict[str, Any]]) -> list[Rendered]:
+    """Ids and supervised tokens: all of a text, every answer of a conversation, the last one of an identity row."""
+    many = {
+        "text": form.render_texts([row["text"] for row in rows if "text" in row]),
+        "all": form.render_all([r["messages"] for r in rows if "messages" in r and "target" not in r], supervise="all"),
+        "last": form.render_all([row["messages"] for row in rows if "target" in row]),
+    }
+    each = {key: iter(rendered) for key, rendered in many.items()}
+    return [next(each["text" if "text" in row else "last" if "target" in row else "all"]) for row in rows]
+
+
+# ------------------------------------------------------------------------------------------------------- all rows
+
+
+def survey(form: ChatFormat, rows: Iterable[dict[str, Any]], length: int) -> dict[str, Any]:
+    """What there is to say of all rows, each seen once: {"rows", "forms", "copies": rows whose content came before, "tokens",
+    "sampled": rows that were tokenized, and of these "lengths": {..}, "long": share longer than `length` tokens, "cut":
+    tokens lost by that, "supervised": share; "sample": themselves, "rendered"}."""
+    source, sample = random.Random(0), []
+    forms: Counter[str] = Counter()
+    hashes, count, characters = array("Q"), 0, 0
+    for count, row in enumerate(rows, 1):
+        forms[row.get("form", "")] += 1
+        content = row["text"] if "text" in row else json.dumps(row["messages"])
+        characters += len(content)
+        if not row.get("again"):
+            hashes.append(int.from_bytes(hashlib.blake2b(content.encode("utf-8", "replace"), digest_size=8).digest()))
+        if len(sample) < SAMPLE:
+            sample.append(row)
+        elif (at := source.randrange(count)) < SAMPLE:
+            sample[at] = row
+    first = sample[0]
+    source.shuffle(sample)
+    sizes = [len(row["text"]) if "text" in row else len(json.dumps(row["messages"])) for row in sample]
+    kept = max(1, sum(1 for size in itertools.accumulate(sizes) if size <= CHARACTERS))
+    sample, rendered = sample[:kept], render(form, sample[:kept])
+    lengths = np.array([len(row.ids) for row in rendered])
+    cut = np.array([max(0, len(r.ids) - length) * ("messages" in row) for r, row in zip(rendered, sample, strict=True)])
+    quantiles = dict(
+        zip(("least", "median", "most of 20", "most"), np.quantile(lengths, (0, 0.5, 0.95, 1)), strict=True)
+    )
+    return {
+        "rows": count,
+        "forms": dict(forms),
+        "copies": len(hashes) - len(np.unique(np.frombuffer(hashes, np.uint64))),
+        "sampled": kept,
+        "tokens": int((lengths - cut).sum() / sum(sizes[:kept]) * characters),
+        "lengths": {name: round(float(value)) for name, value in quantiles.items()},
+        "long": float(np.mean(lengths > length)),
+        "cut": float(cut.sum() / lengths.sum()),
+        "supervised": sum(sum(row.mask) for row in rendered) / int(lengths.sum()),
+        "first": first,
+        "rendered": rendered,
+    }
+
+
+# -------------------------------------------------------------------------------------------------- time and memory
+
+
+def estimate(run: Run, rendered: Sequence[Rendered], tokens: int) -> dict[str, Any]:
+    """{"seconds", "tokens_per_s", "steps", "bytes" of memory at most, "gpu": whether of its} for training on
+    rows like these, `tokens` in all and each epoch: measured by doing it for TRIAL_SECONDS with the real loop."""
+    import torch
+
+    from finetune import model as models
+    from finetune import train as training
+
+    values = run.settings.train
+    examples = [training.answer_example(row.ids[: values.length], row.mask[: values.length]) for row in rendered]
+    examples = sorted((example for example in examples if example.positions), key=lambda e: -len(e.ids))
+    examples[1:] = random.Random(0).sample(examples[1:], len(examples) - 1)  # the longest first: it decides the memory
+    total = tokens * values.epochs
+    per_step = int(min(values.tokens, max(MIN_TOKENS, total // STEPS)))
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
+    with tempfile.TemporaryDirectory() as folder:
+        model = models.add_lora(models.load(run.base), values.rank)
+        endless = dataclasses.replace(values, steps=10**6, checkpoint_every=10**6)
+        began = time.perf_counter()
+        with contextlib.closing(training.train(model, _steps(examples, per_step), endless, Path(folder))) as steps:
+            for step in steps:
+                if step > 1 and time.perf_counter() - began > TRIAL_SECONDS:
+                    break
+        history = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    first, last = history[0], history[-1]  # the first step also warms up
+    rate = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+    return {
+        "seconds": first["seconds"] + (total - first["tokens"]) / rate,
+        "tokens_per_s": rate,
+        "steps": max(1, round(total / per_step)),
+        "gpu": torch.cuda.is_available(),
+        "bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory(),
+    }
+
+
+def peak_memory() -> int:
+    """Bytes that this process has held at most."""
+    status = Path("/proc/self/status")  # Linux
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
+
+
+def _steps(examples: Sequence[Any], tokens: int) -> Iterator[list[Any]]:
+    """Without end: about so many tokens of examples at a time."""
+    step: list[Any] = []
+    size = 0
+    for example in itertools.cycle(examples):
+        if step and size + len(example.ids) > tokens:
+            yield step
+            step, size = [], 0
+        step.append(example)
+        size += len(example.ids)
+
+
+# ----------------------------------------------------------------------------------------------------------- shown
+
+
+def facts(run: Run, found: dict[str, Any], taken: dict[str, Any] | None = None) -> list[tuple[str, str, str]]:
+    """(English, Chinese, value) of a survey and an estimate."""
+    values, lengths = run.settings.train, found["lengths"]
+    forms = ", ".join(f"{form or 'rows'} {count:,}" for form, count in found["forms"].items())
+    sampled = "" if found["sampled"] == found["rows"] else f" ({found['sampled']:,} rows tokenized)"
+    lines = [
+        ("rows", "条数", f"{found['rows']:,}: {forms}"),
+        ("copies of others", "重复", f"{found['copies']:,}"),
+        ("tokens an epoch", "每轮词元", f"{found['tokens']:,}{sampled}"),
+        ("tokens a row", "每条词元", ", ".join(f"{name} {value:,}" for name, value in lengths.items())),
+        (
+            f"longer than {values.length:,} tokens",
+            "超长",
+            f"{found['long']:.1%} of the rows; conversations lose {found['cut']:.1%} of all tokens",
+        ),
+        ("supervised", "参与训练的词元", f"{found['supervised']:.1%} of the tokens"),
+    ]
+    if taken:
+        device = "GPU memory" if taken["gpu"] else "memory"
+        lines += [
+            ("training", "训练用时", f"{clock(taken['seconds'])}: {values.epochs:g} epochs, {taken['steps']:,} steps"),
+            ("speed", "速度", f"{taken['tokens_per_s']:,.0f} tokens/s, tried on this machine"),
+            (device, "内存", f"{taken['bytes'] / 1e9:.1f} GB at most"),
+        ]
+    return lines
+
+
+def examine(run: Run) -> None:
+    """Read all of --data, try the training, and show both here and in check.html in the run's folder."""
+    from finetune.report import write_page
+
+    values, form = run.settings, run.tuned_format
+    found = survey(form, records.good_rows(values.data, values.skip_bad), values.train.length)
+    lines = facts(run, found, estimate(run, found["rendered"], found["tokens"]))
+    datum = life(form, found["first"])
+    show(lines, datum, Console(stderr=True, highlight=False))
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_page(run.folder / "check.html", "check.html.jinja", datum=datum, facts=lines, data=values.data)
+    say(f"The same to look at in a browser 网页版: {run.folder / 'check.html'}")
+
+
+def clock(seconds: float) -> str:
+    hours, minutes = divmod(round(seconds / 60), 60)
+    return f"{hours} h {minutes} min" if hours else f"{minutes} min" if seconds >= 90 else f"{seconds:.0f} s"
+
+
+def plain(text: str) -> str:
+    """Control characters of a text made visible: in a terminal they would be obeyed."""
+    return "".join(
+        c if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs") else f"\\x{ord(c):02x}" for c in text
+    )
+
+
+def show(lines: Sequence[tuple[str, str, str]], datum: dict[str, Any], console: Console) -> None:
+    """The row's life and the survey in the terminal: supervised tokens green, control tokens magenta."""
+    console.rule(Text(f"A datum's life 一条数据的一生: {datum['place']}"))
+    for number, (title, body) in enumerate(
+        (
+            ("raw row 原始数据", Text(plain(datum["raw"]))),
+            ("conversation 对话", _conversation(datum)),
+            ("text with control tokens, supervised in green 带控制符的文本，绿色参与训练", _tokens(datum, "text")),
+            ("ids 词元编号", _tokens(datum, "id")),
+        ),
+        1,
+    ):
+        console.print(Text(f"{number}. {title}", style="bold"))
+        console.print(body)
+    table = Table(show_header=False)
+    for english, chinese, value in lines:
+        table.add_row(english, chinese, Text(value))
+    console.print(table)
+
+
+def _conversation(datum: dict[str, Any]) -> Text:
+    text = Text()
+    for message in datum["messages"]:
+        text.append(f"{message['role']}: ", "bold").append(plain(message["content"]) + "\n")
+    return text
+
+
+def _tokens(datum: dict[str, Any], key: str) -> Text:
+    text = Text()
+    for token in datum["tokens"]:
+        colour = "magenta" if token["control"] else "default"
+        style = f"bold {'green' if not token['control'] else 'magenta'} underline" if token["supervised"] else colour
+        text.append(plain(token[key]) if key == "text" else f"{token[key]} ", style)
+    return text.append(f" ... {datum['more']:,} more tokens" if datum["more"] else "")
