@@ -92,7 +92,7 @@ CODE = frozenset(  # of suffixes
 )
 LEFT_OUT = ("node_modules", "__pycache__")  # folders within a folder of code, beside hidden ones
 PIECE = 100_000  # bytes of a text that come as one row; a longer text is cut at a line's end
-CHUNK = 1 << 20  # bytes read at once
+CHUNK = 1 << 18  # bytes read at once
 LONGEST = 1 << 27  # bytes of one row; where one is longer the file is taken to be broken
 SHOWN = 20  # bad rows that are named one by one
 
@@ -274,25 +274,27 @@ def _rows(file: Path) -> Iterator[Item]:
 
 
 def _text(stream: BinaryIO) -> Iterator[Item]:
-    piece, line, size, done = [], 1, 0, stream.tell()
-    for number, text in enumerate(stream, 1):
-        piece.append(text)
-        size += len(text)
-        done += len(text)
-        if size >= PIECE:
-            yield line, {"text": _decode(b"".join(piece))}, done
-            piece, line, size = [], number + 1, 0
-    if b"".join(piece).strip():
-        yield line, {"text": _decode(b"".join(piece))}, done
+    utf8 = codecs.getincrementaldecoder("utf-8")(
+        "surrogateescape"
+    )  # a line may be longer than a piece, and end anywhere
+    piece, begin, line = b"", 1, 1
+    while new := stream.readline(PIECE):
+        piece += new
+        line += new.endswith(b"\n")
+        if len(piece) >= PIECE:
+            yield begin, {"text": utf8.decode(piece)}, stream.tell()
+            piece, begin = b"", line
+    if (text := utf8.decode(piece, True)).strip():
+        yield begin, {"text": text}, stream.tell()
 
 
 def _json_lines(stream: BinaryIO) -> Iterator[Item]:
     done = stream.tell()
-    for number, line in enumerate(stream, 1):
+    for number, line in enumerate(iter(lambda: stream.readline(LONGEST), b""), 1):
         done += len(line)
         if line.strip():
             try:
-                row = json.loads(_decode(line))
+                row = json.loads(_decode(line).rstrip())
             except (ValueError, RecursionError) as error:
                 row = f"is not JSON ({_why(error)})"
             yield number, row, done
@@ -301,15 +303,17 @@ def _json_lines(stream: BinaryIO) -> Iterator[Item]:
 def _json(stream: BinaryIO) -> Iterator[Item]:
     """An array of rows, one row, or rows one after another, with line breaks wherever they are."""
     start = stream.tell()
-    try:
-        json.loads(_decode(stream.readline()).strip() or "x")
-        first_is_whole = True
-    except (ValueError, RecursionError):
-        first_is_whole = False
+    first = next((c for c in iter(lambda: stream.read(1), b"") if not c.isspace()), b"")
+    if first == b"{":
+        try:
+            json.loads(_decode(first + stream.readline(LONGEST)))
+        except (ValueError, RecursionError):
+            pass
+        else:  # as in .jsonl, where one broken line leaves the others
+            stream.seek(start)
+            yield from _json_lines(stream)
+            return
     stream.seek(start)
-    if first_is_whole and stream.peek(1)[:1] == b"{":  # as in .jsonl, where one broken line leaves the others
-        yield from _json_lines(stream)
-        return
     parse, utf8 = json.JSONDecoder().raw_decode, codecs.getincrementaldecoder("utf-8")("surrogateescape")
     text, at, line, depth, more, wanted = "", 0, 1, 0, True, CHUNK
     number, before = 0, 0  # rows, and the line where the last one began
@@ -371,7 +375,7 @@ def _table(stream: BinaryIO, delimiter: str) -> Iterator[Item]:
             if cells:
                 yield line, f"has {len(cells)} cells, and the first line names {len(header)} columns", stream.tell()
         else:
-            yield line, _nested(dict(zip(header, cells, strict=True))), stream.tell()
+            yield line, _nested({name: cell for name, cell in zip(header, cells, strict=True) if cell}), stream.tell()
 
 
 def _parquet(file: Path) -> Iterator[Item]:
