@@ -18,7 +18,6 @@ from finetune.errors import UserError
 Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
 
 START, END = "<|im_start|>", "<|im_end|>"
-ENDS = (END, "</s>", "<|endoftext|>")
 ROLES = ("system", "user", "assistant")
 
 # A Unicode noncharacter: no text holds it. The template puts it inside control tokens that a message spells out, so that
@@ -68,7 +67,7 @@ class ChatFormat:
         self._bos = self.tokenizer.encode("").ids  # [] or [id of "<s>"]
         self._newline = self._encode("\n").ids
         self.default_system = default_system
-        self.stop_ids = [self.control[t] for t in ENDS if t in self.control]
+        self.stop_ids = [self.control[t] for t in (END, "</s>", "<|endoftext|>") if t in self.control]
 
     def _encode(self, text: str) -> Encoding:
         return self._text.encode(text, add_special_tokens=False)
@@ -116,20 +115,16 @@ class ChatFormat:
             rendered.append(Rendered(ids + opening, mask + [0] * len(opening)))
         return rendered
 
-    def render_texts(self, texts: Sequence[str]) -> list[Rendered]:
-        """Running text as a base model learns it: beginning-of-text token, if there is one, the text, end of text; all of
-        it supervised. Control tokens that a text spells out stay text."""
-        encoded = self._text.encode_batch_fast(texts, add_special_tokens=False)
-        end = [self.control[t] for t in (*ENDS[1:], END) if t in self.control][:1]  # of a text, not of a turn
-        return [Rendered(ids := [*self._bos, *e.ids, *end], [1] * len(ids)) for e in encoded]
-
     def prompt(self, messages: Sequence[Message]) -> list[int]:
         """Ids from which the assistant's next answer is decoded."""
         return self.render(messages, reply=True).ids
 
-    def encode(self, text: str):  # noqa: ANN201
+    def encode(self, text: str) -> Encoding:
         """The text alone as a tokenizers.Encoding: no control token, whatever it spells."""
         return self._encode(text)
+
+    def encode_all(self, texts: Sequence[str]) -> list[Encoding]:
+        return self._text.encode_batch(texts, add_special_tokens=False)
 
     def document(self, text: str, *, ends: bool = True) -> list[int]:
         """Ids of a plain text, as models are pretrained on it, with its end-of-text token if it `ends`."""

@@ -59,7 +59,7 @@ def processor() -> list[Finding]:
             f"{threads} threads share {usable:g} cores and wait for each other: set OMP_NUM_THREADS={max(1, int(usable))}."
         )
     elif threads < min(cores, usable):
-        advice.append(f"{cores} cores are there and {threads} are used: unset or raise OMP_NUM_THREADS.")
+        advice.append(f"Only {threads} of {cores} cores are used: unset or raise OMP_NUM_THREADS.")
     if load > 0.5 * usable:
         advice.append(f"Other programs keep {load:.1f} cores busy: all takes longer than estimated unless they end.")
     if not torch.cuda.is_available():

@@ -4,10 +4,10 @@ what training on them will take, found by training for a moment."""
 import contextlib
 import dataclasses
 import hashlib
+import io
 import itertools
 import json
 import random
-import re
 import tempfile
 import time
 import unicodedata
@@ -18,19 +18,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune import records
+from finetune import records, stages, tasks
 from finetune.chat_format import ChatFormat, Rendered
 from finetune.embedded import say
+from finetune.errors import UserError
 from finetune.stages import Run
 
 SAMPLE, CHARACTERS = 1000, 4_000_000  # rows that are tokenized, and of these so many characters; the others are counted
 TOKENS = 400  # that are shown of one row
-STEPS, MIN_TOKENS = 60, 1024  # a run has about so many steps at least, as long as a step has MIN_TOKENS
+TRIAL_TOKENS = 2048  # of a step that is tried on a processor
 TRIAL_SECONDS = 12.0  # training is tried so long, and two steps at least
 
 
@@ -61,13 +61,17 @@ def life(form: ChatFormat, row: dict[str, Any]) -> dict[str, Any]:
 
 def render(form: ChatFormat, rows: Sequence[dict[str, Any]]) -> list[Rendered]:
     """Ids and supervised tokens: all of a text, every answer of a conversation, the last one of an identity row."""
-    many = {
-        "text": form.render_texts([row["text"] for row in rows if "text" in row]),
-        "all": form.render_all([r["messages"] for r in rows if "messages" in r and "target" not in r], supervise="all"),
-        "last": form.render_all([row["messages"] for row in rows if "target" in row]),
-    }
-    each = {key: iter(rendered) for key, rendered in many.items()}
-    return [next(each["text" if "text" in row else "last" if "target" in row else "all"]) for row in rows]
+    chats = [row for row in rows if "messages" in row]
+    last = iter(form.render_all([row["messages"] for row in chats if "target" in row]))
+    every = iter(form.render_all([row["messages"] for row in chats if "target" not in row], supervise="all"))
+    rendered = []
+    for row in rows:
+        if "text" in row:
+            ids = form.document(row["text"], ends=row.get("ends", True))
+            rendered.append(Rendered(ids, [1] * len(ids)))
+        else:
+            rendered.append(next(last if "target" in row else every))
+    return rendered
 
 
 # ------------------------------------------------------------------------------------------------------- all rows
@@ -76,7 +80,7 @@ def render(form: ChatFormat, rows: Sequence[dict[str, Any]]) -> list[Rendered]:
 def survey(form: ChatFormat, rows: Iterable[dict[str, Any]], length: int) -> dict[str, Any]:
     """What there is to say of all rows, each seen once: {"rows", "forms", "copies": rows whose content came before, "tokens",
     "sampled": rows that were tokenized, and of these "lengths": {..}, "long": share longer than `length` tokens, "cut":
-    tokens lost by that, "supervised": share; "sample": themselves, "rendered"}."""
+    tokens lost by that, "supervised": share; "sample": themselves, "first": row}."""
     source, sample = random.Random(0), []
     forms: Counter[str] = Counter()
     hashes, count, characters = array("Q"), 0, 0
@@ -111,61 +115,68 @@ def survey(form: ChatFormat, rows: Iterable[dict[str, Any]], length: int) -> dic
         "cut": float(cut.sum() / lengths.sum()),
         "supervised": sum(sum(row.mask) for row in rendered) / int(lengths.sum()),
         "first": first,
-        "rendered": rendered,
+        "sample": sample,
     }
 
 
 # -------------------------------------------------------------------------------------------------- time and memory
 
 
-def estimate(run: Run, rendered: Sequence[Rendered], tokens: int) -> dict[str, Any]:
-    """{"seconds", "tokens_per_s", "steps", "bytes" of memory at most, "gpu": whether of its} for training on
-    rows like these, `tokens` in all and each epoch: measured by doing it for TRIAL_SECONDS with the real loop."""
-    import torch
-
+def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) -> dict[str, Any]:
+    """{"seconds", "tokens_per_s", "steps", "bytes" of memory at most, "gpu": whether of its} for training on `count` rows
+    like these of `tokens` in all: measured by training on these for TRIAL_SECONDS, with the run's own loop."""
     from finetune import model as models
     from finetune import train as training
 
-    values = run.settings.train
-    examples = [training.answer_example(row.ids[: values.length], row.mask[: values.length]) for row in rendered]
-    examples = sorted((example for example in examples if example.positions), key=lambda e: -len(e.ids))
-    examples[1:] = random.Random(0).sample(examples[1:], len(examples) - 1)  # the longest first: it decides the memory
-    total = tokens * values.epochs
-    per_step = int(min(values.tokens, max(MIN_TOKENS, total // STEPS)))
+    values, form = run.settings.train, run.tuned_format
+    parts = list(tasks.pieces(rows, run.settings.task, form, values.length))
+    if not parts:
+        raise UserError(
+            f"No row of {', '.join(run.settings.data)} has an answer within train.length={values.length} tokens."
+        )
+    held = (
+        max(1, min(tasks.HELD_OUT, int(count * len(parts) / len(rows)) // 20))
+        * sum(p["tokens"] for p in parts)
+        / len(parts)
+    )
+    total = max(0.0, tokens - held) * values.epochs
+    per_step = min(values.tokens, max(tasks.MIN_TOKENS, int(total) // tasks.STEPS))
+    parts = sorted(parts, key=lambda part: -part["tokens"])[:1] + parts  # the longest first: it decides the memory
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
-    with tempfile.TemporaryDirectory() as folder:
-        model = models.add_lora(models.load(run.base), values.rank)
+    say("Training for a moment, to see how fast it is here ... / 试训练片刻以估计用时……")
+    # the loop's own bar would count to what it never reaches
+    with tempfile.TemporaryDirectory() as folder, contextlib.redirect_stderr(io.StringIO()):
+        model = models.load_for_training(run.base, run.settings.method)
+        if run.settings.method != "full":
+            model = models.add_lora(model, values.rank)
+        trial = per_step if model.device.type == "cuda" else min(per_step, TRIAL_TOKENS)
+        examples = (
+            training.answer_example(*tasks.encode(part, form, values.length)) for part in itertools.cycle(parts)
+        )
         endless = dataclasses.replace(values, steps=10**6, checkpoint_every=10**6)
         began = time.perf_counter()
-        with contextlib.closing(training.train(model, _steps(examples, per_step), endless, Path(folder))) as steps:
+        with contextlib.closing(training.train(model, _steps(examples, trial), endless, Path(folder))) as steps:
             for step in steps:
                 if step > 1 and time.perf_counter() - began > TRIAL_SECONDS:
                     break
         history = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    first, last = history[0], history[-1]  # the first step also warms up
+    first, last, peak = history[0], history[-1], stages.peak_memory()  # the first step also warms up
     rate = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
     return {
-        "seconds": first["seconds"] + (total - first["tokens"]) / rate,
+        "seconds": max(0.0, first["seconds"] - first["tokens"] / rate) + total / rate,
         "tokens_per_s": rate,
         "steps": max(1, round(total / per_step)),
-        "gpu": torch.cuda.is_available(),
-        "bytes": torch.cuda.max_memory_allocated() if torch.cuda.is_available() else peak_memory(),
+        "gpu": "gpu" in peak,
+        "bytes": peak.get("gpu", peak["host"]),
     }
 
 
-def peak_memory() -> int:
-    """Bytes that this process has held at most."""
-    status = Path("/proc/self/status")  # Linux
-    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
-    return int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
-
-
-def _steps(examples: Sequence[Any], tokens: int) -> Iterator[list[Any]]:
-    """Without end: about so many tokens of examples at a time."""
+def _steps(examples: Iterable[Any], tokens: int) -> Iterator[list[Any]]:
+    """About so many tokens of examples at a time."""
     step: list[Any] = []
     size = 0
-    for example in itertools.cycle(examples):
+    for example in examples:
         if step and size + len(example.ids) > tokens:
             yield step
             step, size = [], 0
@@ -209,7 +220,7 @@ def examine(run: Run) -> None:
 
     values, form = run.settings, run.tuned_format
     found = survey(form, records.good_rows(values.data, values.skip_bad), values.train.length)
-    lines = facts(run, found, estimate(run, found["rendered"], found["tokens"]))
+    lines = facts(run, found, estimate(run, found["sample"], found["rows"], found["tokens"]))
     datum = life(form, found["first"])
     show(lines, datum, Console(stderr=True, highlight=False))
     run.folder.mkdir(parents=True, exist_ok=True)

@@ -20,75 +20,11 @@ from finetune.errors import Problems, UserError
 
 ROWS = (".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".parquet")
 TEXTS = (".txt", ".text", ".md", ".markdown")
-CODE = frozenset(  # of suffixes
-    [
-        ".asm",
-        ".bash",
-        ".c",
-        ".cc",
-        ".clj",
-        ".cmake",
-        ".cpp",
-        ".cs",
-        ".css",
-        ".cu",
-        ".cuh",
-        ".cxx",
-        ".dart",
-        ".erl",
-        ".ex",
-        ".f90",
-        ".fs",
-        ".go",
-        ".gradle",
-        ".groovy",
-        ".h",
-        ".hpp",
-        ".hs",
-        ".html",
-        ".ini",
-        ".java",
-        ".jl",
-        ".js",
-        ".jsx",
-        ".kt",
-        ".lisp",
-        ".lua",
-        ".m",
-        ".ml",
-        ".mm",
-        ".nim",
-        ".php",
-        ".pl",
-        ".proto",
-        ".ps1",
-        ".pxd",
-        ".py",
-        ".pyi",
-        ".pyx",
-        ".r",
-        ".rb",
-        ".rs",
-        ".rst",
-        ".scala",
-        ".scss",
-        ".sh",
-        ".sql",
-        ".svelte",
-        ".swift",
-        ".tex",
-        ".toml",
-        ".ts",
-        ".tsx",
-        ".v",
-        ".vhd",
-        ".vue",
-        ".xml",
-        ".yaml",
-        ".yml",
-        ".zig",
-        ".zsh",
-    ]
+CODE = (  # suffixes
+    ".asm .bash .c .cc .clj .cmake .cpp .cs .css .cu .cuh .cxx .dart .erl .ex .f90 .fs .go .gradle .groovy .h "
+    ".hpp .hs .html .ini .java .jl .js .jsx .kt .lisp .lua .m .ml .mm .nim .php .pl .proto .ps1 .pxd .py .pyi "
+    ".pyx .r .rb .rs .rst .scala .scss .sh .sql .svelte .swift .tex .toml .ts .tsx .v .vhd .vue .xml .yaml .yml "
+    ".zig .zsh"
 )
 LEFT_OUT = ("node_modules", "__pycache__")  # folders within a folder of code, beside hidden ones
 PIECE = 100_000  # bytes of a text that come as one row; a longer text is cut at a line's end
@@ -99,9 +35,8 @@ SHOWN = 20  # bad rows that are named one by one
 WHO = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 NESTED = ("messages", "conversations", "conversation", "history")  # columns of a table that hold JSON
 BETWEEN = re.compile(r"[\s,\[\]]*")  # the rows of an array
-Item = tuple[
-    int, Any, int
-]  # line, the row as it was read (a str: what is wrong with it), bytes of the file read so far
+# where the row begins, the row as it was read (a str: what is wrong with it), bytes of the file that are read by then
+Item = tuple[int | str, Any, int]
 
 
 class Source(NamedTuple):
@@ -123,11 +58,14 @@ def read(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, A
 
 def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, Any]]:
     """`read` with all that `scan` says of a row."""
-    good, bad, first, broken = 0, 0, [], ()
+    good, bad, first, broken, said = 0, 0, [], (), set()
     try:
         for row in scan(sources):
             if "problem" not in row:
                 good += 1
+                if (row["of"], row["form"]) not in said:
+                    said.add((row["of"], row["form"]))
+                    say(f"{row['of']}: {row['form']}")
                 yield row
             else:
                 bad += 1
@@ -147,25 +85,18 @@ def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[s
 
 
 def scan(sources: Sequence[str]) -> Iterator[dict[str, Any]]:
-    """Every row, good or bad: {"place": "FILE:LINE", "form": its name, "raw": as it was read, "again": whether its weight
-    repeats it} and "messages", "text", or "problem": what is wrong with it. Raises UserError for all sources that cannot be read, before the first."""
-    found = open_sources(sources)
-    streams = [_weighted(source) for source in found]
-    said = set()
+    """Every row, good or bad: {"place": "FILE:LINE", "of": file or folder of code, "form": its name, "raw": as it was
+    read, "again": whether its weight repeats it} and "messages", "text", or "problem": what is wrong with it. Raises UserError for all sources that cannot be read, before the first."""
+    streams = [_weighted(source) for source in open_sources(sources)]
     with tqdm(
         total=100, desc="Reading", bar_format="{desc}: {percentage:.0f}% [{elapsed}<{remaining}]", delay=2
     ) as bar:
         heads = {i: head for i, stream in enumerate(streams) if (head := next(stream, None))}
         while heads:
             i = min(heads, key=lambda i: heads[i][0])
-            share, file, row = heads[i]
+            share, row = heads[i]
             if 100 * share > bar.n + 1:
                 bar.update(int(100 * share) - bar.n)
-            name = found[i].name if found[i].code else str(file)
-            if "problem" not in row and (name, row["form"]) not in said:
-                said.add((name, row["form"]))
-                times = "" if found[i].weight == 1 else f", {found[i].weight:g} times each"
-                say(f"{name}: {row['form']}{times}")
             yield row
             if head := next(streams[i], None):
                 heads[i] = head
@@ -201,15 +132,15 @@ def _open_source(text: str) -> Source:
     if not _exists(name):
         raise UserError(f"--data {name}: there is no such file or folder; check its spelling.")
     if not path.is_dir():
-        if path.suffix.lower() not in {*ROWS, *TEXTS, *CODE}:
+        if path.suffix.lower() not in {*ROWS, *TEXTS, *CODE.split()}:
             raise UserError(
                 f"--data {name}: files that end in {path.suffix or 'nothing'!r} are not read; {', '.join(ROWS + TEXTS)} and "
                 "source code are."
             )
         return Source(name, weight, [path], code=False)
     inside = sorted(file for file in path.rglob("*") if file.is_file() and not _left_out(file.relative_to(path)))
-    code = any(file.suffix.lower() in CODE for file in inside)
-    wanted = {*TEXTS, *(CODE if code else ROWS)}
+    code = any(file.suffix.lower() in CODE.split() for file in inside)
+    wanted = {*TEXTS, *(CODE.split() if code else ROWS)}
     files = [file for file in inside if file.suffix.lower() in wanted]
     if not files:
         raise UserError(
@@ -232,8 +163,8 @@ def _left_out(path: Path) -> bool:
     return any(part.startswith(".") or part in LEFT_OUT for part in path.parts)
 
 
-def _weighted(source: Source) -> Iterator[tuple[float, Path, dict[str, Any]]]:
-    """(share of the source that is done, file, row); `weight` times each row, a fraction as every so many-th."""
+def _weighted(source: Source) -> Iterator[tuple[float, dict[str, Any]]]:
+    """(share of the source that is done, row); `weight` times each row, a fraction as every so many-th."""
     rounds = -(-source.weight // 1)
     total = sum(file.stat().st_size for file in source.files) or 1
     for turn in range(int(rounds)):
@@ -241,10 +172,15 @@ def _weighted(source: Source) -> Iterator[tuple[float, Path, dict[str, Any]]]:
         for file in source.files:
             for line, raw, done in _rows(file):
                 number += 1
-                row = {"place": f"{file}:{line}", "again": turn > 0, **understand(raw)}
+                row = {
+                    "place": f"{file}:{line}",
+                    "of": source.name if source.code else str(file),
+                    "again": turn > 0,
+                    **understand(raw),
+                }
                 wanted, taken = int(number * weight + 1e-9) > taken, int(number * weight + 1e-9)
                 if wanted if "problem" not in row else turn == 0:  # a bad row is told once
-                    yield (turn + (before + done) / total) / rounds, file, row
+                    yield (turn + (before + done) / total) / rounds, row
             before += file.stat().st_size
 
 

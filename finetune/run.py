@@ -199,6 +199,8 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     elif args.stage != "check" and args.task in (None, "identity"):
         with problems.collect():
             ask_persona(args)
+    if args.stage == "check" and args.data and args.task is None and not stored:
+        args.task = stages.task_of(args.data)
     flags = {key: value for key in FLAGS if (value := getattr(args, key)) is not None}
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]

@@ -210,6 +210,15 @@ def task_problems(run: Run) -> list[str]:
     return problems.found
 
 
+def task_of(sources: list[str]) -> str:
+    """Which task learns from rows like the first one."""
+    with contextlib.suppress(UserError):  # said by `task_problems`
+        for row in records.scan(sources):
+            if "problem" not in row:
+                return "pretrain" if "text" in row else "instruct"
+    return "instruct"
+
+
 def examine(run: Run) -> None:
     """The stage `check`: the machine, everything that stands in the way, and with --data a row's life and what training on
     these rows takes. Raises UserError."""

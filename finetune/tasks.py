@@ -7,6 +7,7 @@ model makes of the held-out rows and the probes.
 import bisect
 import contextlib
 import hashlib
+import itertools
 import json
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,7 @@ import numpy as np
 from finetune.chat_format import ChatFormat
 from finetune.errors import UserError
 
+BATCH = 256  # rows that are tokenized together
 HELD_OUT = 32  # rows at most, and at most a twentieth of all
 STEPS = 60  # about so many a run has, at least, as long as a step has MIN_TOKENS
 MIN_TOKENS = 1024
@@ -32,8 +34,9 @@ def prepare(rows: Iterable[dict[str, Any]], task: str, form: ChatFormat, length:
     becomes passages of at most `length` tokens. Held-out rows are chosen by their content: none is trained on as well."""
     everything = folder / "all.jsonl"
     with everything.open("w", encoding="utf-8") as file:
-        for row in rows:
-            for part in pieces(row, task, form, length):
+        rows = iter(rows)
+        while some := list(itertools.islice(rows, BATCH)):
+            for part in pieces(some, task, form, length):
                 file.write(json.dumps(part, ensure_ascii=False) + "\n")
     chosen, count, smallest = set(), 0, []
     with everything.open("rb") as lines:
@@ -74,29 +77,32 @@ def _key(line: bytes, seed: int) -> bytes:
     return hashlib.sha256(b"%d/" % seed + line).digest()[:12]
 
 
-def pieces(row: dict[str, Any], task: str, form: ChatFormat, length: int) -> Iterator[dict[str, Any]]:
-    """A row as it is trained. Raises UserError for a row of the other task."""
-    if (task == "pretrain") != ("text" in row):
-        other, what = ("instruct", "a conversation") if task == "pretrain" else ("pretrain", "a text")
-        raise UserError(
-            f"{row.get('place', 'A row')} is {what}; --task {task} does not learn these: use --task {other}."
-        )
+def pieces(rows: Sequence[dict[str, Any]], task: str, form: ChatFormat, length: int) -> Iterator[dict[str, Any]]:
+    """Rows as they are trained. Raises UserError for a row of the other task."""
+    for row in rows:
+        if (task == "pretrain") != ("text" in row):
+            other, what = ("instruct", "a conversation") if task == "pretrain" else ("pretrain", "a text")
+            raise UserError(
+                f"{row.get('place', 'A row')} is {what}; --task {task} does not learn these: use --task {other}."
+            )
     if task == "instruct":
-        ids, mask = form.render(row["messages"], supervise="all")
-        if any(mask[:length]):  # else its question alone is longer than a row
-            yield {"messages": row["messages"], "tokens": min(length, len(ids))}
+        messages = [row["messages"] for row in rows]
+        for said, (ids, mask) in zip(messages, form.render_all(messages, supervise="all"), strict=True):
+            if any(mask[:length]):  # else its question alone is longer than a row
+                yield {"messages": said, "tokens": min(length, len(ids))}
         return
-    texts = list(passages(row["text"], form, length - 2))  # beside the control tokens at both ends
-    for text in texts:
-        passage = {"text": text, "ends": text is texts[-1]}
-        yield {**passage, "tokens": len(document(passage, form)[:length])}
+    for row in rows:
+        texts = list(passages(row["text"], form, length - 2))  # beside the control tokens at both ends
+        for text in texts:
+            passage = {"text": text, "ends": text is texts[-1]}
+            yield {**passage, "tokens": len(document(passage, form)[:length])}
 
 
 def passages(text: str, form: ChatFormat, length: int) -> Iterator[str]:
     """The text in pieces of at most about `length` tokens, cut at line ends where there are any."""
-    piece, size = "", 0
-    for line in text.splitlines(keepends=True):
-        offsets = form.encode(line).offsets
+    piece, size, lines = "", 0, text.splitlines(keepends=True)
+    for line, encoded in zip(lines, form.encode_all(lines), strict=True):
+        offsets = encoded.offsets
         if piece and size + len(offsets) > length:
             yield piece
             piece, size = "", 0

@@ -216,16 +216,16 @@ def test_a_batch_is_rendered_as_one_by_one(form, options):
     assert form.render_all([]) == []
 
 
-def test_running_text_is_learned_whole_and_writes_no_control_token_but_its_frame(plain):
-    typed = texts(list(plain.control))
+def test_a_text_is_framed_and_writes_no_control_token_itself(plain):
     bos = plain.tokenizer.encode("").ids
     end = plain.control["</s>" if "<|plugin|>" in plain.control else "<|endoftext|>"]
-    for text, (ids, mask) in zip(typed, plain.render_texts(typed), strict=True):
-        assert mask == [1] * len(ids)
-        assert [*bos, *ids[len(bos) :][:-1], end] == ids
-        inside = ids[len(bos) : -1]
-        assert not set(inside) & set(plain.control.values())
-        assert plain.tokenizer.decode(inside) == kept(plain, text)
+    typed = texts(list(plain.control))
+    for text, encoded in zip(typed, plain.encode_all(typed), strict=True):
+        assert plain.document(text) == [*bos, *encoded.ids, end]
+        assert plain.document(text, ends=False) == [*bos, *encoded.ids]
+        assert encoded.ids == plain.encode(text).ids
+        assert not set(encoded.ids) & set(plain.control.values())
+        assert plain.tokenizer.decode(encoded.ids) == kept(plain, text)
 
 
 def test_streamed_pieces_join_to_the_text_and_break_no_character(form):
