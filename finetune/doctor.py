@@ -20,6 +20,7 @@ from rich.text import Text
 from finetune import embedded
 from finetune.stages import Run, hardware, versions
 
+CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 SECONDS = 4.0  # for all hubs together, name resolution included
 
 
@@ -73,7 +74,7 @@ def usable_cores() -> float:
     """What the scheduler and a container's quota leave."""
     cores = float(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1)
     with contextlib.suppress(OSError, ValueError):  # no cgroups of version 2, or no limit ("max")
-        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text().split()
+        quota, period = CPU_MAX.read_text().split()
         cores = min(cores, int(quota) / int(period))
     return cores
 
@@ -108,7 +109,7 @@ def gpu() -> list[Finding]:
             )
         if not torch.cuda.is_bf16_supported(including_emulation=False):
             advice.append("It has no bfloat16: training computes in float32, several times slower.")
-        text = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, driver {driver or 'unknown'}, CUDA {torch.version.cuda}"
+        text = f"{name}, {free / 1e9:.1f} of {total / 1e9:.1f} GB free, driver {driver.rpartition(', ')[2] or 'unknown'}, CUDA {torch.version.cuda}"
         found.append(Finding(f"GPU {i}", text, " ".join(advice)))
     return found
 

@@ -83,20 +83,20 @@ def survey(form: ChatFormat, rows: Iterable[dict[str, Any]], length: int) -> dic
     tokens lost by that, "supervised": share; "sample": themselves, "first": row}."""
     source, sample = random.Random(0), []
     forms: Counter[str] = Counter()
-    hashes, count, characters = array("Q"), 0, 0
+    hashes, first, count, characters = array("Q"), None, 0, 0
     for count, row in enumerate(rows, 1):
+        first = first or row
         forms[row.get("form", "")] += 1
-        content = row["text"] if "text" in row else json.dumps(row["messages"])
+        content = words(row)
         characters += len(content)
         if not row.get("again"):
-            hashes.append(int.from_bytes(hashlib.blake2b(content.encode("utf-8", "replace"), digest_size=8).digest()))
+            hashes.append(int.from_bytes(hashlib.blake2b(content.encode(), digest_size=8).digest(), "big"))
         if len(sample) < SAMPLE:
             sample.append(row)
         elif (at := source.randrange(count)) < SAMPLE:
             sample[at] = row
-    first = sample[0]
     source.shuffle(sample)
-    sizes = [len(row["text"]) if "text" in row else len(json.dumps(row["messages"])) for row in sample]
+    sizes = [len(words(row)) for row in sample]
     kept = max(1, sum(1 for size in itertools.accumulate(sizes) if size <= CHARACTERS))
     sample, rendered = sample[:kept], render(form, sample[:kept])
     lengths = np.array([len(row.ids) for row in rendered])
@@ -117,6 +117,10 @@ def survey(form: ChatFormat, rows: Iterable[dict[str, Any]], length: int) -> dic
         "first": first,
         "sample": sample,
     }
+
+
+def words(row: dict[str, Any]) -> str:
+    return row.get("text") or "\n".join(f"{message['role']}: {message['content']}" for message in row["messages"])
 
 
 # -------------------------------------------------------------------------------------------------- time and memory
@@ -219,7 +223,8 @@ def examine(run: Run) -> None:
     from finetune.report import write_page
 
     values, form = run.settings, run.tuned_format
-    found = survey(form, records.good_rows(values.data, values.skip_bad), values.train.length)
+    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad), values.task)
+    found = survey(form, rows, values.train.length)
     lines = facts(run, found, estimate(run, found["sample"], found["rows"], found["tokens"]))
     datum = life(form, found["first"])
     show(lines, datum, Console(stderr=True, highlight=False))

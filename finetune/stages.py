@@ -235,6 +235,7 @@ def examine(run: Run) -> None:
                     pass
             else:
                 preview.examine(run)
+    problems.found = list(dict.fromkeys(problems.found))  # both say of a file that it is not there
     problems.stop_if_any()
 
 

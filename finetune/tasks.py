@@ -34,7 +34,7 @@ def prepare(rows: Iterable[dict[str, Any]], task: str, form: ChatFormat, length:
     becomes passages of at most `length` tokens. Held-out rows are chosen by their content: none is trained on as well."""
     everything = folder / "all.jsonl"
     with everything.open("w", encoding="utf-8") as file:
-        rows = iter(rows)
+        rows = own_rows(rows, task)
         while some := list(itertools.islice(rows, BATCH)):
             for part in pieces(some, task, form, length):
                 file.write(json.dumps(part, ensure_ascii=False) + "\n")
@@ -77,14 +77,19 @@ def _key(line: bytes, seed: int) -> bytes:
     return hashlib.sha256(b"%d/" % seed + line).digest()[:12]
 
 
-def pieces(rows: Sequence[dict[str, Any]], task: str, form: ChatFormat, length: int) -> Iterator[dict[str, Any]]:
-    """Rows as they are trained. Raises UserError for a row of the other task."""
+def own_rows(rows: Iterable[dict[str, Any]], task: str) -> Iterator[dict[str, Any]]:
+    """The rows. Raises UserError for one of the other task."""
     for row in rows:
         if (task == "pretrain") != ("text" in row):
             other, what = ("instruct", "a conversation") if task == "pretrain" else ("pretrain", "a text")
             raise UserError(
                 f"{row.get('place', 'A row')} is {what}; --task {task} does not learn these: use --task {other}."
             )
+        yield row
+
+
+def pieces(rows: Sequence[dict[str, Any]], task: str, form: ChatFormat, length: int) -> Iterator[dict[str, Any]]:
+    """Rows as they are trained."""
     if task == "instruct":
         messages = [row["messages"] for row in rows]
         for said, (ids, mask) in zip(messages, form.render_all(messages, supervise="all"), strict=True):

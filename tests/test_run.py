@@ -249,10 +249,9 @@ def test_on_a_terminal_the_end_of_input_is_no_answer():
 
 
 def test_check_finds_nothing_wrong_and_leaves_nothing(start, world, tiny_model):
-    assert start("check", *PERSONA, "--base", tiny_model) == (
-        0,
-        ["check: nothing stands in the way. / 检查通过。"],
-    )
+    status, lines = start("check", *PERSONA, "--base", tiny_model)
+    assert (status, lines[0].split()) == (0, ["This", "machine", "这台机器"])
+    assert lines[-1] == "check: nothing stands in the way. / 检查通过。"
     assert list(world.iterdir()) == []
 
 
@@ -306,7 +305,8 @@ def test_too_little_memory_and_disk_are_told_with_figures(start, monkeypatch, wo
     assert start("check", *PERSONA, "--base", tiny_model)[0] == 0  # just enough
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk - 1))
-    assert len(start("check", *PERSONA, "--base", tiny_model)[1]) == 2
+    lines = start("check", *PERSONA, "--base", tiny_model)[1]
+    assert sum(line.startswith("error: ") for line in lines) == 2
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_600_000))
     assert start(*PERSONA, "--base", tiny_model) == (
