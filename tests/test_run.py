@@ -33,7 +33,7 @@ def world(tmp_path, monkeypatch) -> Path:
     (work := tmp_path / "work").mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
     monkeypatch.setattr(stages, "missing_packages", list)
     for stage in stages.PIPELINE:
@@ -159,7 +159,7 @@ def test_all_problems_are_told_at_once(start, world, tiny_model):
 
 
 def test_problems_of_settings_machine_base_and_folder_are_told_at_once(start, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5e9, total=64e9))
     (base := tmp_path / "base").mkdir()
     (world / "file").write_text("")
     status, lines = start(*PERSONA, "--set", "sead=1", "--base", base, "--run", "file/run")
@@ -300,14 +300,14 @@ def test_a_base_that_speaks_no_chatml_is_refused_before_the_work(start, tmp_path
 def test_too_little_memory_and_disk_are_told_with_figures(start, monkeypatch, world, tiny_model):
     size = (tiny_model / "model.safetensors").stat().st_size
     disk, memory = 2 * size + 200_000_000, 3 * size + 2_000_000_000
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     assert start("check", *PERSONA, "--base", tiny_model)[0] == 0  # just enough
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk - 1))
     lines = start("check", *PERSONA, "--base", tiny_model)[1]
     assert sum(line.startswith("error: ") for line in lines) == 2
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_600_000))
     assert start(*PERSONA, "--base", tiny_model) == (
         2,
