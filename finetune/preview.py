@@ -32,6 +32,7 @@ SAMPLE, CHARACTERS = 1000, 4_000_000  # rows that are tokenized, and of these so
 TOKENS = 400  # that are shown of one row
 TRIAL_TOKENS = 2048  # of a step that is tried on a processor
 TRIAL_SECONDS = 12.0  # training is tried so long, and two steps at least
+GPU_STEPS = 8  # there: the first ones are slow
 
 
 # ------------------------------------------------------------------------------------------------------- one datum
@@ -138,12 +139,9 @@ def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) 
         raise UserError(
             f"No row of {', '.join(run.settings.data)} has an answer within train.length={values.length} tokens."
         )
-    held = (
-        max(1, min(tasks.HELD_OUT, int(count * len(parts) / len(rows)) // 20))
-        * sum(p["tokens"] for p in parts)
-        / len(parts)
-    )
-    total = max(0.0, tokens - held) * values.epochs
+    mean, each = sum(part["tokens"] for part in parts) / len(parts), len(parts) / len(rows)
+    held = max(1, min(tasks.HELD_OUT, int(count * each) // 20))
+    total = max(0.0, tokens - held * mean) * values.epochs
     per_step = min(values.tokens, max(tasks.MIN_TOKENS, int(total) // tasks.STEPS))
     parts = sorted(parts, key=lambda part: -part["tokens"])[:1] + parts  # the longest first: it decides the memory
     with contextlib.suppress(OSError):
@@ -158,19 +156,26 @@ def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) 
         examples = (
             training.answer_example(*tasks.encode(part, form, values.length)) for part in itertools.cycle(parts)
         )
-        endless = dataclasses.replace(values, steps=10**6, checkpoint_every=10**6)
+        planned = max(1, round(total / per_step))
+        still = dataclasses.replace(
+            values, steps=planned, learning_rate=0.0, full_learning_rate=0.0, checkpoint_every=10**6
+        )
+        least = GPU_STEPS if model.device.type == "cuda" else 2
         began = time.perf_counter()
-        with contextlib.closing(training.train(model, _steps(examples, trial), endless, Path(folder))) as steps:
+        with contextlib.closing(training.train(model, _steps(examples, trial), still, Path(folder))) as steps:
             for step in steps:
-                if step > 1 and time.perf_counter() - began > TRIAL_SECONDS:
+                if step >= least and time.perf_counter() - began > TRIAL_SECONDS:
                     break
         history = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
-    first, last, peak = history[0], history[-1], stages.peak_memory()  # the first step also warms up
-    rate = (last["tokens"] - first["tokens"]) / (last["seconds"] - first["seconds"])
+    tokens_at, seconds_at = ([0.0, *(line[key] for line in history)] for key in ("tokens", "seconds"))
+    settled = (len(history) + 1) // 2  # before, it warms up; on a GPU layers may be compiled
+    rate = (tokens_at[-1] - tokens_at[settled]) / (seconds_at[-1] - seconds_at[settled])
+    rest = max(0.0, total - tokens_at[-1]) / rate
+    peak = stages.peak_memory()
     return {
-        "seconds": max(0.0, first["seconds"] - first["tokens"] / rate) + total / rate,
+        "seconds": float(np.interp(total, tokens_at, seconds_at)) + rest,
         "tokens_per_s": rate,
-        "steps": max(1, round(total / per_step)),
+        "steps": planned,
         "gpu": "gpu" in peak,
         "bytes": peak.get("gpu", peak["host"]),
     }

@@ -35,8 +35,15 @@ SHOWN = 20  # bad rows that are named one by one
 WHO = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "developer": "system"}
 NESTED = ("messages", "conversations", "conversation", "history")  # columns of a table that hold JSON
 BETWEEN = re.compile(r"[\s,\[\]]*")  # the rows of an array
-# where the row begins, the row as it was read (a str: what is wrong with it), bytes of the file that are read by then
-Item = tuple[int | str, Any, int]
+
+
+class Wrong(str):
+    """Instead of a row: what is wrong with it."""
+
+
+Item = tuple[
+    int | str, Any, int
+]  # where the row begins, the row as it was read, bytes of the file that are read by then
 
 
 class Source(NamedTuple):
@@ -75,9 +82,8 @@ def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[s
     first += [f"... and {bad - SHOWN:,} more bad rows"] if bad > SHOWN else []
     if broken or (bad and not (skip_bad and good)):
         advice = ", or go on without them with --skip-bad" if good else ""
-        raise UserError(
-            *broken, *first, *([f"{bad:,} of {good + bad:,} rows are bad: mend them{advice}."] if bad else [])
-        )
+        count = [f"{bad:,} of {good + bad:,} rows are bad: mend them{advice}."] if bad else []
+        raise UserError(*broken, *first, *count)
     if bad:
         say("\n".join([f"Left out {bad:,} bad rows of {good + bad:,}:", *first]))
     elif not good:
@@ -86,11 +92,11 @@ def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[s
 
 def scan(sources: Sequence[str]) -> Iterator[dict[str, Any]]:
     """Every row, good or bad: {"place": "FILE:LINE", "of": file or folder of code, "form": its name, "raw": as it was
-    read, "again": whether its weight repeats it} and "messages", "text", or "problem": what is wrong with it. Raises UserError for all sources that cannot be read, before the first."""
+    read, "again": whether its weight repeats it} and "messages", "text", or "problem": what is wrong with it. Raises
+    UserError for all sources that cannot be read, before the first, and for a file in which nothing more can be read."""
     streams = [_weighted(source) for source in open_sources(sources)]
-    with tqdm(
-        total=100, desc="Reading", bar_format="{desc}: {percentage:.0f}% [{elapsed}<{remaining}]", delay=2
-    ) as bar:
+    shown = "{desc}: {percentage:.0f}% [{elapsed}<{remaining}]"
+    with tqdm(total=100, desc="Reading", bar_format=shown, delay=2) as bar:
         heads = {i: head for i, stream in enumerate(streams) if (head := next(stream, None))}
         while heads:
             i = min(heads, key=lambda i: heads[i][0])
@@ -210,9 +216,8 @@ def _rows(file: Path) -> Iterator[Item]:
 
 
 def _text(stream: BinaryIO) -> Iterator[Item]:
-    utf8 = codecs.getincrementaldecoder("utf-8")(
-        "surrogateescape"
-    )  # a line may be longer than a piece, and end anywhere
+    # a line may be longer than a piece, which then ends anywhere
+    utf8 = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     piece, begin, line = b"", 1, 1
     while new := stream.readline(PIECE):
         piece += new
@@ -232,7 +237,7 @@ def _json_lines(stream: BinaryIO) -> Iterator[Item]:
             try:
                 row = json.loads(_decode(line).rstrip())
             except (ValueError, RecursionError) as error:
-                row = f"is not JSON ({_why(error)})"
+                row = Wrong(f"is not JSON ({_why(error)})")
             yield number, row, done
 
 
@@ -301,7 +306,7 @@ def _table(stream: BinaryIO, delimiter: str) -> Iterator[Item]:
                 raise UserError(
                     f"{stream.name}:{line}: is not CSV ({error}): a quote that opens in this row is not closed in it; mend it."
                 ) from error
-            yield line, f"is not CSV ({error})", stream.tell()
+            yield line, Wrong(f"is not CSV ({error})"), stream.tell()
             continue
         if cells is None:
             return
@@ -309,7 +314,8 @@ def _table(stream: BinaryIO, delimiter: str) -> Iterator[Item]:
             header = cells
         elif len(cells) != len(header):
             if cells:
-                yield line, f"has {len(cells)} cells, and the first line names {len(header)} columns", stream.tell()
+                wrong = f"has {len(cells)} cells, and the first line names {len(header)} columns"
+                yield line, Wrong(wrong), stream.tell()
         else:
             yield line, _nested({name: cell for name, cell in zip(header, cells, strict=True) if cell}), stream.tell()
 
@@ -330,14 +336,14 @@ def _parquet(file: Path) -> Iterator[Item]:
         raise UserError(f"{file} cannot be read as Parquet ({error}): fetch it again.") from error
 
 
-def _nested(row: dict[str, Any]) -> dict[str, Any] | str:
+def _nested(row: dict[str, Any]) -> dict[str, Any] | Wrong:
     """A table's row; the columns that other formats nest hold JSON."""
     for key in NESTED:
         if isinstance(row.get(key), str):
             try:
                 row[key] = json.loads(row[key] or "null")
             except (ValueError, RecursionError) as error:
-                return f"column {key} is not JSON ({_why(error)})"
+                return Wrong(f"column {key} is not JSON ({_why(error)})")
     return row
 
 
@@ -356,7 +362,7 @@ def understand(raw: Any) -> dict[str, Any]:
     """{"raw", "form"} and one of "messages", "text" or "problem"."""
     found: dict[str, Any] = {"raw": raw, "form": ""}
     try:
-        if isinstance(raw, str):
+        if isinstance(raw, Wrong):
             raise UserError(raw)
         if not isinstance(raw, dict):
             raise UserError(f"is {_kind(raw)}, not an object with named fields")
@@ -367,12 +373,13 @@ def understand(raw: Any) -> dict[str, Any]:
         if isinstance(content, str):
             if not content.strip():
                 raise UserError("the text is empty")
-            check_messages([{"role": "user", "content": content}])
+            if half := re.search("[\ud800-\udfff]", content):
+                raise UserError(f"the text holds {half[0]!r}: save it as UTF-8")
             return {**found, "text": content}
         check_messages(content)
         if empty := [i for i, m in enumerate(content, 1) if not m["content"].strip() and m["role"] != "system"]:
             raise UserError(f"message {empty[0]} is empty")
-        if content[-1]["role"] != "assistant" and not any(m["role"] == "assistant" for m in content):
+        if not any(m["role"] == "assistant" for m in content):
             raise UserError("has no answer of the assistant: there is nothing to learn")
         return {**found, "messages": content}
     except UserError as error:

@@ -9,6 +9,7 @@ import contextlib
 import hashlib
 import itertools
 import json
+import math
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -179,25 +180,23 @@ def _probe(kind: str, expect: str, messages: list[dict[str, str]], answer: str) 
 
 
 def plan(tokens: Sequence[int], most: int, epochs: float, seed: int) -> tuple[int, Callable[[], Iterator[list[int]]]]:
-    """(steps, what gives each step's rows): `epochs` times over all rows, shuffled anew each time, at most `most` tokens
-    a step (one row, if that alone has more); fewer where they would make less than about STEPS."""
+    """(steps, what gives each step's rows): `epochs` times over all rows, shuffled anew each time, in steps of at most
+    `most` tokens, or the longest row's, that are filled (packing.py); fewer where they would make less than about STEPS."""
+    from finetune.packing import fill
+
     total = int(np.sum(tokens, dtype=np.int64) * epochs)
-    most = min(most, max(MIN_TOKENS, total // STEPS))
+    most = max(min(most, max(MIN_TOKENS, total // STEPS)), max(tokens))
+
+    def rows() -> Iterator[int]:
+        left = total
+        for turn in range(math.ceil(epochs)):
+            for row in np.random.default_rng([seed, turn]).permutation(len(tokens)).tolist():
+                if left > 0:
+                    yield row
+                left -= int(tokens[row])
 
     def steps() -> Iterator[list[int]]:
-        left, step, size = total, [], 0
-        for turn in range(-(-epochs // 1).__int__()):
-            for row in np.random.default_rng([seed, turn]).permutation(len(tokens)).tolist():
-                if left <= 0:
-                    break
-                if step and size + tokens[row] > most:
-                    yield step
-                    step, size = [], 0
-                step.append(row)
-                size += int(tokens[row])
-                left -= int(tokens[row])
-        if step:
-            yield step
+        return fill(rows(), most, size=lambda row: int(tokens[row]))
 
     return sum(1 for _ in steps()), steps
 

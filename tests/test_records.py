@@ -4,6 +4,7 @@ import csv
 import itertools
 import json
 import random
+import re
 import tracemalloc
 from collections import Counter
 from pathlib import Path
@@ -233,6 +234,11 @@ BAD = [  # (line of JSON or bytes, what is wrong)
     ('{"text": "a"', "is not JSON (Expecting ',' delimiter at column 13)"),
     ("[1]", "is of type list, not an object with named fields"),
     ("3", "is of type int, not an object with named fields"),
+    ('"text"', "is of type str, not an object with named fields"),
+    (
+        b'{"messages": [{"role": "user", "content": "\xe9"}]}',
+        "Message 1: content holds '\\udce9', which is half a character and no text.",
+    ),
     (
         '{"foo": 1, "bar": 2}',
         "has the fields foo, bar; wanted are messages, conversations, conversation, instruction and output, query and response, "
@@ -269,7 +275,7 @@ BAD = [  # (line of JSON or bytes, what is wrong)
     ('{"instruction": "q", "output": ["a"]}', "output is of type list, it must be text"),
     ('{"query": "q", "response": "a", "history": [["x"]]}', "history must be a list of [query, response]"),
     ('{"text": "a", "image": "a.png"}', "has an image, and this task learns from text alone"),
-    (b'{"text": "caf\xe9"}', "Message 1: content holds '\\udce9', which is half a character and no text."),
+    (b'{"text": "caf\xe9"}', "the text holds '\\udce9': save it as UTF-8"),
 ]
 
 
@@ -394,3 +400,11 @@ def test_a_row_longer_than_what_is_read_at_once(tmp_path, monkeypatch):
     for options in ({"indent": 1}, {}, {"ensure_ascii": False}):
         (file := tmp_path / "a.json").write_text(json.dumps(rows, **options), encoding="utf-8")
         assert [row["text"] for row in read(file)] == [row["text"] for row in rows]
+
+
+def test_the_readmes_examples_are_read():
+    readme = (Path(__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    examples = re.findall(r"^\| [^|]+ \| `(\{.*?\})`", readme, re.M)
+    assert len(examples) == 6
+    for example in examples:
+        assert "problem" not in records.understand(json.loads(example)), example
