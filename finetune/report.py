@@ -112,6 +112,18 @@ def print_scorecard(run: Run) -> None:
     console.print(answers, markup=False)
 
 
+def print_comparison(run: Run) -> None:
+    lines = run.read("compare.json")["methods"]
+    keys = [key for key in ("identity", "leak", "kl", "facts_kept", "loss") if lines[0][key] is not None]
+    table = Table("method 方法", "peak memory 峰值内存", "tokens/s", "stored 存储", "passed after 通过用时", *keys)
+    for line in lines:
+        after = f"{line['seconds_to_pass']:.0f} s" if line["passed"] else "not passed 未通过"
+        memory, stored = f"{line['peak_memory'] / 1e9:.2f} GB", f"{line['stored_bytes'] / 1e6:.1f} MB"
+        figures = ("–" if line[key] is None else f"{line[key]:.3f}" for key in keys)
+        table.add_row(line["method"], memory, f"{line['tokens_per_s']:.0f}", stored, after, *figures)
+    Console(highlight=False).print(table, markup=False)
+
+
 def print_summary(run: Run) -> None:
     print_scorecard(run)
     console = Console(highlight=False)

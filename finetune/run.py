@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
 
 RUNS = Path("runs")
 FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
-FIRST = (None, "check", "data")  # what a new run begins with; other stages need one that is there
+FIRST = (None, "check", "data", "compare")  # what a new run begins with; other stages need one that is there
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -11,6 +11,7 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
@@ -27,6 +28,7 @@ from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("full", "lora", "qlora")
 DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
 STARTERS = ROOT / "assets" / "starters"
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
@@ -613,6 +615,61 @@ def report(run: Run) -> None:
     write_report(run)
 
 
+# -------------------------------------------------------------------------------------------------------- compare
+
+
+def compare(run: Run) -> None:
+    """The same data through each method, trained in a process of its own: what it takes, what it leaves, how it scores."""
+    if not is_done(run, "data"):
+        check(run)
+        perform(run, "data")
+    found = []
+    for method in METHODS:
+        own = Run(run.folder / "compare" / method, dataclasses.replace(run.settings, method=method))
+        if not is_done(own, "data"):
+            own.folder.mkdir(parents=True, exist_ok=True)
+            settings.write(own.settings, own.folder / "settings.toml")
+            shutil.copytree(run.folder / "data", new := own.folder / "data.tmp", dirs_exist_ok=True)
+            new.rename(own.folder / "data")
+        for stage in ("train", "evaluate"):
+            if not is_done(own, stage):
+                say(f"[{method}: {stage}]")
+                command = [sys.executable, str(ROOT / "finetune" / "run.py"), stage, "--run", str(own.folder)]
+                if status := subprocess.run(command, check=False).returncode:
+                    raise UserError(
+                        f"{method} ended with exit status {status}; mend it, then run '{run.command}' again."
+                    )
+        found.append(measured(own))
+    run.write("compare.json", {"hardware": hardware(), "methods": found})
+    from finetune.report import print_comparison
+
+    print_comparison(run)
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """One line of the comparison: bytes, tokens/s while nothing but training goes on, seconds until the scorecard passed."""
+    receipt, card = run.read("receipt.json"), run.read("scorecard.json")
+    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    asked = [line for line in metrics if "dev_identity" in line]
+    tokens = seconds = 0.0
+    for before, line in zip([{"tokens": 0, "seconds": 0.0}, *metrics], metrics, strict=False):
+        if "dev_identity" not in before:  # else the time of asking is in between
+            tokens, seconds = tokens + line["tokens"] - before["tokens"], seconds + line["seconds"] - before["seconds"]
+    from finetune.train import best
+
+    end = best(metrics) if asked else metrics[-1]
+    memory = receipt["peak_memory"]
+    return {
+        "method": run.settings.method,
+        "peak_memory": memory.get("gpu", memory["host"]),
+        "tokens_per_s": tokens / seconds,
+        "stored_bytes": receipt["stored_bytes"],
+        "seconds_to_pass": end["seconds"] if card["gate"]["passed"] else None,
+        "passed": card["gate"]["passed"],
+        **{key: card["tuned"].get(key) for key in ("identity", "leak", "parrot", "kl", "facts_kept", "loss")},
+    }
+
+
 # ----------------------------------------------------------------------------------------------------------- chat
 
 
@@ -661,6 +718,7 @@ STAGES = {
     "merge": Stage(merge, "model", ("data", "train", "evaluate")),
     "report": Stage(report, "report.html", ("data", "train", "evaluate", "merge")),
     "chat": Stage(chat, None),
+    "compare": Stage(compare, "compare.json"),
 }
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
 
