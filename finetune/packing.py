@@ -13,6 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 from transformers import AttentionInterface, PreTrainedModel
 
+try:
+    from torch.nn.attention.varlen import varlen_attn
+except ImportError:  # torch 2.6
+    varlen_attn = None
+
 WIDTH = 16  # a band's width is a multiple of this: few different shapes, which GPU kernels are built for
 WINDOW = 1000  # sequences among which `fill` looks for those that fit together
 
@@ -56,9 +61,20 @@ class Band(NamedTuple):
     slots: Tensor  # [n] where in the flattened grid each of these goes
 
 
-def pack(sequences: Sequence[Sequence[int]], device: torch.device | None = None) -> dict[str, Any]:
+def pack(
+    sequences: Sequence[Sequence[int]], device: torch.device | None = None, *, ragged: bool = False
+) -> dict[str, Any]:
     """Model inputs for all sequences in one row: input_ids and position_ids, both [1, total length], and the attention's
-    bands. The positions start again at 0 with every sequence."""
+    bands. The positions start again at 0 with every sequence.
+
+    `ragged`, on a GPU in 16 bits: a kernel takes the row as it is, with the sequences' bounds. The row is then filled up by at
+    most an eighth, and bounds and width by repetition, so that few different shapes come: what is compiled is compiled once.
+    """
+    if ragged:
+        total = sum(map(len, sequences))
+        step = max(128, 1 << max(0, (total - 1).bit_length() - 4))
+        if filler := -total % step:
+            sequences = [*sequences, [0] * filler]
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
     starts = np.cumsum(lengths) - lengths
     ids = np.fromiter(itertools.chain.from_iterable(sequences), np.int64, lengths.sum())
@@ -67,6 +83,11 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | None = None)
     def tensor(values: np.ndarray) -> Tensor:
         return torch.from_numpy(values).to(device)
 
+    inputs = {"input_ids": tensor(ids)[None], "position_ids": tensor(positions)[None]}
+    if ragged:
+        bounds = np.full(1 + (1 << (len(lengths) - 1).bit_length()), len(ids), np.int32)
+        bounds[: len(lengths)] = starts
+        return {**inputs, "bounds": tensor(bounds), "longest": 1 << (int(lengths.max()) - 1).bit_length()}
     bands = []
     octaves = np.ceil(np.log2(np.maximum(lengths, WIDTH)))  # so that at most half of a line is empty
     for octave in np.unique(octaves):
@@ -76,7 +97,7 @@ def pack(sequences: Sequence[Sequence[int]], device: torch.device | None = None)
         place = np.concatenate([positions[s : s + n] for s, n in zip(starts[members], lengths[members], strict=True)])
         tokens = np.repeat(starts[members], lengths[members]) + place
         bands.append(Band((len(members), width), tensor(tokens), tensor(line * width + place)))
-    return {"input_ids": tensor(ids)[None], "position_ids": tensor(positions)[None], "bands": bands}
+    return {**inputs, "bands": bands}
 
 
 def attention(
@@ -87,12 +108,18 @@ def attention(
     attention_mask: None,
     *,
     scaling: float,
-    bands: Sequence[Band],
+    bands: Sequence[Band] = (),
+    bounds: Tensor | None = None,
+    longest: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence. For this step alone every sequence gets a line of its own, filled up on the
     right, where no token looks: the cost is the sum of their squared lengths, not the square of the sum."""
     dtype = value.dtype  # under autocast the rotary step leaves query and key in float32
+    if bounds is not None:
+        rows = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
+        causal = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
+        return varlen_attn(*rows, bounds, bounds, longest, longest, **causal)[None], None
     compute = torch.float32 if value.device.type == "cpu" else dtype  # on CPU bfloat16's backward pass is slow
     states = [
         tensor[0].transpose(0, 1).to(compute) for tensor in (query, key, value)

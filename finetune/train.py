@@ -32,13 +32,16 @@ from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.generation import Answer
 from finetune.model import free_memory, has_fast_bf16, save
-from finetune.packing import pack, packed_attention
+from finetune.packing import pack, packed_attention, varlen_attn
 from finetune.settings import Train
 
 # Of one forward and backward pass, which decides the memory: about 3 MB a token on the default model. On a CPU; on a GPU
 # it is tried out, and layers keep all their activations only if that leaves room for ENOUGH_TOKENS.
 MOST_TOKENS = 512
 MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
+# On a GPU layers are compiled after so many steps if what is left of them then takes long enough: the share of the time that
+# compiled ones save, and the seconds that it takes to compile.
+MEASURED, COMPILE_GAIN, COMPILE_SECONDS = 3, 0.3, 90
 LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 STATE, BEST = "state.safetensors", "best.safetensors"  # in the folder checkpoint/
@@ -97,7 +100,9 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
     """(cross-entropy, KL from the base), each summed over its tokens, in nats; zero where the batch has none."""
     device = model.device
     with packed_attention(model):
-        inputs = pack([example.ids for example in batch], device)
+        half = torch.is_autocast_enabled("cuda") or model.dtype == torch.bfloat16
+        ragged = device.type == "cuda" and half and varlen_attn is not None
+        inputs = pack([example.ids for example in batch], device, ragged=ragged)
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # [total length, hidden size]
     head = model.get_output_embeddings()
     said: list[int] = []
@@ -254,6 +259,11 @@ def train(
             bar.update()
             if step % settings.checkpoint_every == 0:
                 save_checkpoint(checkpoint, weights, optimizer, step)
+            if step - done == MEASURED and develop is None and core.device.type == "cuda":
+                left = (settings.steps - step) * (time.perf_counter() - began) / MEASURED
+                if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type not in SHARDED:
+                    for layer in core.base_model.layers:
+                        layer.compile(dynamic=False)
             yield step
     if asked(history) and best(history) is not history[-1]:
         with torch.no_grad():
