@@ -43,7 +43,7 @@ class Train:
     first_layer: int = 0  # the starter's weights in layers below this one stay as they are
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
-    full_learning_rate: float = 3e-5  # method full's, whose every weight moves
+    full_learning_rate: float = 5e-5  # method full's, whose every weight moves
     steps: int = 150  # of the identity task
     identity_rows: int = 4  # conversations of each sort in one step
     near_rows: int = 16

@@ -153,7 +153,8 @@ class _Chunks(torch.autograd.Function):
             with torch.enable_grad():
                 part = loss(head, h := h.detach().requires_grad_(), t)
             grad, *of_weights = torch.autograd.grad(part, [h, *trained])
-            torch._foreach_add_(sums, of_weights)
+            for weight_sum, part_grad in zip(sums, of_weights, strict=True):
+                weight_sum += part_grad
             grads.append(grad)
             total += part.detach()
         left = iter(sums)
