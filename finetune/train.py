@@ -198,6 +198,8 @@ def train(
     core = core_of(model)
     rate = settings.learning_rate if isinstance(model, PeftModel) else settings.full_learning_rate
     optimizer = adamw(core, [weight for weight in model.parameters() if weight.requires_grad], rate)
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which asks a data loader else
+        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     objective, optimizer = accelerator.prepare(Objective(core), optimizer, device_placement=[False, False])
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if develop and accelerator.distributed_type in SHARDED:
