@@ -1,5 +1,6 @@
 import itertools
 import random
+from collections import Counter
 
 import pytest
 import torch
@@ -7,6 +8,7 @@ import torch.nn.functional as F
 
 from finetune.model import load
 from finetune.packing import WIDTH, fill, pack, packed_attention
+from finetune.tasks import plan
 from finetune.train import answer_example, losses
 
 LENGTHS = (5, 1, WIDTH, WIDTH + 1, 2, 3 * WIDTH)
@@ -78,6 +80,21 @@ def test_a_row_is_given_before_all_sequences_are_read():
 def test_a_sequence_longer_than_a_row_is_a_bug():
     with pytest.raises(ValueError, match="a sequence of 9 tokens does not fit in a row of 8"):
         list(fill([[1] * 8, [2] * 9], 8))
+
+
+def test_the_steps_of_a_run_are_full_and_read_each_row_as_often_as_the_epochs_say():
+    source = random.Random(3)
+    tokens = [source.randint(20, 1024) for _ in range(3000)]
+    count, steps = plan(tokens, 16_384, 2.5, seed=0)
+    found = list(steps())
+    sizes = [sum(tokens[row] for row in step) for step in found]
+    assert count == len(found)
+    assert max(sizes) <= 16_384
+    assert sum(sizes) / len(sizes) > 0.98 * 16_384
+    assert sum(sizes) == pytest.approx(2.5 * sum(tokens), abs=1024)
+    assert set(Counter(row for step in found for row in step).values()) == {2, 3}
+    assert found == list(steps())
+    assert found != list(plan(tokens, 16_384, 2.5, seed=1)[1]())
 
 
 def test_the_loss_of_full_rows_is_that_of_each_sequence_alone(model):

@@ -119,12 +119,12 @@ def test_of_many_rows_a_sample_is_tokenized(form, monkeypatch):
 def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     """Measured in the processor's time of this process, so that other programs do not count."""
     monkeypatch.setattr(training.time, "perf_counter", time.process_time)
-    monkeypatch.setattr(preview, "TRIAL_SECONDS", 2.0)
+    monkeypatch.setattr(preview, "TRIAL_SECONDS", 1.0)
     lines = random.Random(0)
     texts = [
         {"text": "".join(f"{lines.randbytes(40).hex()}\n" for _ in range(lines.randint(1, 30)))} for _ in range(60)
     ]
-    rows = rows_of_length(100, 20, 400) if task == "instruct" else texts
+    rows = rows_of_length(40, 20, 400) if task == "instruct" else texts
     file = write(tmp_path / "a.jsonl", rows)
     train = {"starter": "", "rank": 4, "epochs": 1.0, "length": 512, "tokens": 1024}
     values = settings.build({"base": str(tiny_model), "task": task, "data": [str(file)], "train": train})
