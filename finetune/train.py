@@ -43,7 +43,6 @@ MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
 # compiled ones save, and the seconds that it takes to compile.
 MEASURED, COMPILE_GAIN, COMPILE_SECONDS = 3, 0.3, 90
 LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss
-SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)
 STATE, BEST = "state.safetensors", "best.safetensors"  # in the folder checkpoint/
 
 
@@ -198,11 +197,9 @@ def train(
     core = core_of(model)
     rate = settings.learning_rate if isinstance(model, PeftModel) else settings.full_learning_rate
     optimizer = adamw(core, [weight for weight in model.parameters() if weight.requires_grad], rate)
-    if accelerator.distributed_type == DistributedType.DEEPSPEED:  # which asks a data loader else
-        accelerator.state.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1
     objective, optimizer = accelerator.prepare(Objective(core), optimizer, device_placement=[False, False])
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if develop and accelerator.distributed_type in SHARDED:
+    if develop and accelerator.distributed_type == DistributedType.FSDP:
         say("The weights are spread over the processes: no development questions while training, its end is kept.")
         develop = None
     checkpoint, metrics_file = folder / "checkpoint", folder / "metrics.jsonl"
@@ -232,7 +229,6 @@ def train(
             pulled = sum(len(example.positions) for example in batch if example.targets is None)
             ce = kl = 0.0  # means over the step's tokens, in nats
             for part, weight, last in own_share(list(parts(batch, most, accelerator.num_processes)), accelerator):
-                accelerator.gradient_state._set_sync_gradients(last)  # DeepSpeed asks it
                 with contextlib.nullcontext() if last else accelerator.no_sync(objective):
                     with autocast:
                         ce_sum, kl_sum = objective(part)
@@ -264,7 +260,7 @@ def train(
                 save_checkpoint(checkpoint, weights, optimizer, step)
             if step - done == MEASURED and develop is None and core.device.type == "cuda":
                 left = (settings.steps - step) * (time.perf_counter() - began) / MEASURED
-                if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type not in SHARDED:
+                if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type != DistributedType.FSDP:
                     for layer in core.base_model.layers:
                         layer.compile(dynamic=False)
             yield step
