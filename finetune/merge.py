@@ -66,8 +66,8 @@ def merge(
     """Write and prove the merged model in `target`, which is there as a whole or not at all. Returns its manifest.
 
     `conversations` are the proof's, each ending with a user message. `finish(folder, proof)` adds the model card and
-    returns what else the manifest shall say. `trained`: the adapter, or after full finetuning the model's folder. Raises UserError when the adapter belongs to another base or the merged
-    model differs beyond the tolerance.
+    returns what else the manifest shall say. `trained`: the adapter, or after full finetuning the model's folder. Raises
+    UserError when the adapter belongs to another base or the merged model differs beyond the tolerance.
     """
     new = target.with_suffix(".tmp")
     shutil.rmtree(new, ignore_errors=True)
@@ -116,8 +116,8 @@ def _write_expected(
 def quantisation(
     base: Path, adapter: Path, conversations: Sequence[Sequence[Message]], form: ChatFormat, proof: Path
 ) -> dict[str, float]:
-    """What the 4-bit base changed: its logits with the adapter, as it was trained, beside those of the 16-bit base with it, along
-    the latter's answers: {"max_logit_difference", "kl": nats per token, "equal_greedy_tokens": share}."""
+    """What the 4-bit base changed: its logits with the adapter, as it was trained, beside those of the 16-bit base with
+    it, along the latter's answers: {"max_logit_difference", "kl": nats per token, "equal_greedy_tokens": share}."""
     model = load_adapter(load_for_training(base, "qlora"), adapter, base).get_base_model()
     expected, found = load_file(proof), []
     for i, messages in enumerate(conversations):

@@ -234,7 +234,7 @@ def free_memory() -> int:
 
 
 def _keep_on_host(embedding: torch.nn.Module) -> None:
-    """Rows are looked up where the table lies: of a 7B model it would take 0.8 GB of the GPU, and a step needs a few MB of it."""
+    """Rows are looked up where the table lies: a 7B model's would take 0.8 GB of the GPU, and a step needs a few MB."""
     target, table = embedding.weight.device, embedding.weight.detach().cpu()
     del embedding.weight
     embedding.weight = table  # no parameter any more: nothing moves it back

@@ -67,8 +67,8 @@ def pack(
     """Model inputs for all sequences in one row: input_ids and position_ids, both [1, total length], and the attention's
     bands. The positions start again at 0 with every sequence.
 
-    `ragged`, on a GPU in 16 bits: a kernel takes the row as it is, with the sequences' bounds. The row is then filled up by at
-    most an eighth, and bounds and width by repetition, so that few different shapes come: what is compiled is compiled once.
+    `ragged`, on a GPU in 16 bits: a kernel takes the row as it is, with the sequences' bounds. The row is then filled up
+    by at most an eighth, and the bounds too, so that few different shapes come: what is compiled is compiled once.
     """
     if ragged:
         total = sum(map(len, sequences))

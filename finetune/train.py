@@ -39,8 +39,8 @@ from finetune.settings import Train
 # it is tried out, and layers keep all their activations only if that leaves room for ENOUGH_TOKENS.
 MOST_TOKENS = 512
 MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
-# On a GPU layers are compiled after so many steps if what is left of them then takes long enough: the share of the time that
-# compiled ones save, and the seconds that it takes to compile.
+# On a GPU layers are compiled after so many steps if what is left of them then takes long enough: the share of the time
+# that compiled ones save, and the seconds that it takes to compile.
 MEASURED, COMPILE_GAIN, COMPILE_SECONDS = 3, 0.3, 90
 LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss
 STATE, BEST = "state.safetensors", "best.safetensors"  # in the folder checkpoint/
@@ -297,8 +297,8 @@ def own_share(pieces: list[list[Example]], accelerator: Accelerator) -> Iterator
 
 
 def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
-    """Tokens of one pass that the GPU's memory holds, by trial passes. Where few would, the layers keep their inputs alone and
-    compute the rest again in the backward pass (gradient checkpointing, arXiv:1604.06174)."""
+    """Tokens of one pass that the GPU's memory holds, by trial passes. Where few would, the layers keep their inputs alone
+    and compute the rest again in the backward pass (gradient checkpointing, arXiv:1604.06174)."""
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = sum(
         weight.numel() * (8 if isinstance(optimizer.optimizer, torch.optim.AdamW) else 2) for weight in weights
@@ -325,10 +325,10 @@ def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
             few, many = peak(TRIAL_TOKENS), peak(2 * TRIAL_TOKENS)
             per_token = (many - few) / TRIAL_TOKENS
             room = 0.95 * free_memory() - moments - (few - TRIAL_TOKENS * per_token)
-            fitting = min(MOST_GPU_TOKENS, int(room / per_token))
-            if fitting >= enough:
+            most = min(MOST_GPU_TOKENS, int(room / per_token))
+            if most >= enough:
                 torch.cuda.empty_cache()
-                return fitting
+                return most
         torch.cuda.empty_cache()
     raise UserError(
         f"The GPU has {free_memory() / 1e9:.1f} GB free beside the model, too little to train it: close other programs, choose "
