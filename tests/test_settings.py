@@ -81,7 +81,7 @@ def test_a_whole_number_is_a_number_too():
         ({"gate": {"kl": float("inf")}}, "gate.kl is inf; it must be a finite number."),
         ({"persona": {"name": 42}}, "persona.name is 42; it must be text, in quotes."),
         ({"persona": {"name": {"first": "A"}}}, "persona.name is {'first': 'A'}; it must be text, in quotes."),
-        ({"method": "qlora"}, "method is 'qlora'; it must be lora."),
+        ({"method": "dora"}, "method is 'dora'; it must be lora or qlora or full."),
         ({"merge": {"dtype": ["float32"]}}, "merge.dtype is ['float32']; it must be float32 or bfloat16."),
     ],
     ids=lambda case: case if isinstance(case, str) else "",
