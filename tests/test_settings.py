@@ -95,13 +95,13 @@ def test_zero_rows_of_contrast_are_allowed():
 
 
 def test_all_problems_come_at_once_and_what_is_right_is_kept():
-    layers = [{"sead": 1, "seed": 3, "train": {"steps": "x", "rank": 4}}, {"method": "full", "persona": {"name": "N"}}]
+    layers = [{"sead": 1, "seed": 3, "train": {"steps": "x", "rank": 4}}, {"method": "dora", "persona": {"name": "N"}}]
     kept, problems = settings.collect(*layers)
     assert problems == problems_of(*layers)
     assert problems == [
         "Unknown setting sead; did you mean seed?",
         "train.steps is 'x'; it must be a whole number.",
-        "method is 'full'; it must be lora.",
+        "method is 'dora'; it must be lora or qlora or full.",
     ]
     assert kept == settings.build({"seed": 3, "train": {"rank": 4}, "persona": {"name": "N"}})
 
