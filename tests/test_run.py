@@ -140,15 +140,15 @@ def test_flags_without_a_right_value_exit_with_2(capsys, arguments, words):
 
 def test_all_problems_are_told_at_once(start, world, tiny_model):
     status, lines = start(
-        *("--name", "***", "--author", " x", "--method", "full", "--task", "poetry", "--seed", -3, "--preset", "nope"),
+        *("--name", "***", "--author", " x", "--method", "dora", "--task", "poetry", "--seed", -3, "--preset", "nope"),
         *("--set", "train.stpes=5", "--set", "nonsense", "--set", "merge.dtype=int4", "--base", tiny_model),
     )
     assert status == 2
     assert lines == [
         f"error: There is no preset 'nope'; presets: {', '.join(settings.preset_names())}.",
         "error: --set 'nonsense': write it as section.key=value, for example train.steps=20.",
-        "error: method is 'full'; it must be lora.",
-        "error: task is 'poetry'; it must be identity.",
+        "error: method is 'dora'; it must be lora or qlora or full.",
+        "error: task is 'poetry'; it must be identity or instruct or pretrain.",
         "error: seed is -3; it must be at least 0.",
         "error: Unknown setting train.stpes; did you mean train.steps?",
         "error: merge.dtype is 'int4'; it must be float32 or bfloat16.",
