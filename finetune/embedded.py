@@ -46,7 +46,8 @@ def cache_dir() -> Path:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
+        print(text, file=sys.stderr, flush=True)
 
 
 def is_ready() -> bool:

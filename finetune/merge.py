@@ -15,13 +15,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
 
 from finetune.chat_format import ChatFormat, Message
 from finetune.embedded import sha256
 from finetune.errors import UserError
 from finetune.generation import complete
-from finetune.model import load, load_adapter, save
+from finetune.model import load, load_adapter, load_for_training, save
 
 ANSWER_TOKENS = 24  # of each proof conversation
 WITNESSES = 4  # whoever downloads the model asks again: those whose tokens lead most, so that no rounding tips them
@@ -58,34 +59,42 @@ print(json.dumps({"max_logit_difference": difference, "equal_greedy_tokens": equ
 
 def merge(
     base: Path,
-    adapter: Path,
+    trained: Path,
     form: ChatFormat,
     dtype: str,
     conversations: Sequence[Sequence[Message]],
     target: Path,
     finish: Callable[[Path, dict[str, Any]], dict[str, Any]],
+    method: str = "lora",
 ) -> dict[str, Any]:
     """Write and prove the merged model in `target`, which is there as a whole or not at all. Returns its manifest.
 
     `conversations` are the proof's, each ending with a user message. `finish(folder, proof)` adds the model card and
-    returns what else the manifest shall say. Raises UserError when the adapter belongs to another base or the merged
-    model differs beyond the tolerance.
+    returns what else the manifest shall say. `trained`: the adapter, or after full finetuning the model's folder. Raises
+    UserError when the adapter belongs to another base or the merged model differs beyond the tolerance.
     """
     new = target.with_suffix(".tmp")
     shutil.rmtree(new, ignore_errors=True)
     with tempfile.TemporaryDirectory() as work:
-        model = load_adapter(load(base), adapter, base)
-        answers = _write_expected(model.get_base_model(), form, conversations, Path(work) / "proof")
-        model = model.merge_and_unload().to(getattr(torch, dtype))
-        save(model, form, new)
+        expected = Path(work) / "proof"
+        if method == "full":
+            model = load(trained)
+            answers = _write_expected(model, form, conversations, expected)
+        else:
+            model = load_adapter(load(base), trained, base)  # in 16 or 32 bits, whatever it was trained on
+            answers = _write_expected(model.get_base_model(), form, conversations, expected)
+            model = model.merge_and_unload()
+        save(model.to(getattr(torch, dtype)), form, new)
         del model
         if (pieces := base / "tokenizer.model").is_file():
             shutil.copy(pieces, new)  # llama.cpp reads InternLM2's tokenizer from it, and its own layout needs it
         try:
-            proof = prove(new, Path(work) / "proof", dtype)
+            proof = prove(new, expected, dtype)
         except UserError:
             shutil.rmtree(new)  # nobody shall use it
             raise
+        if method == "qlora":
+            proof["quantisation"] = quantisation(base, trained, conversations, form, expected)
     margins = proof.pop("margins")
     clearest = sorted((i for i, margin in enumerate(margins) if margin > 0), key=lambda i: -margins[i])[:WITNESSES]
     witnesses = [{"messages": conversations[i], "ids": answers[i]} for i in clearest]
@@ -112,6 +121,27 @@ def _write_expected(
     save_file(tensors, proof)
     proof.with_suffix(".json").write_text(json.dumps(conversations), encoding="utf-8")
     return [answer.ids for answer in answers]
+
+
+def quantisation(
+    base: Path, adapter: Path, conversations: Sequence[Sequence[Message]], form: ChatFormat, proof: Path
+) -> dict[str, float]:
+    """What the 4-bit base changed: its logits with the adapter, as it was trained, beside those of the 16-bit base with
+    it, along the latter's answers: {"max_logit_difference", "kl": nats per token, "equal_greedy_tokens": share}."""
+    model = load_adapter(load_for_training(base, "qlora"), adapter, base).get_base_model()
+    expected, found = load_file(proof), []
+    for i, messages in enumerate(conversations):
+        ids, logits = expected[f"{i}.ids"], expected[f"{i}.logits"]
+        answer = slice(len(form.prompt(messages)) - 1, None)
+        with torch.inference_mode():
+            four_bit = model(ids[None].to(model.device)).logits[0, answer].float().cpu()
+        found.append((logits[answer], four_bit))
+    merged, four_bit = (torch.cat(parts) for parts in zip(*found, strict=True))
+    return {
+        "max_logit_difference": (merged - four_bit).abs().max().item(),
+        "kl": F.kl_div(four_bit.log_softmax(-1), merged.log_softmax(-1), log_target=True, reduction="batchmean").item(),
+        "equal_greedy_tokens": (merged.argmax(-1) == four_bit.argmax(-1)).float().mean().item(),
+    }
 
 
 def prove(folder: Path, proof: Path, dtype: str) -> dict[str, Any]:

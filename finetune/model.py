@@ -3,6 +3,7 @@
 import contextlib
 import difflib
 import json
+import math
 import os
 import re
 from collections.abc import Callable, Iterator, Sequence
@@ -10,10 +11,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
+import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
-from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
+from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune import embedded, settings
@@ -26,11 +28,15 @@ if TYPE_CHECKING:
 
 transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
 
+ACTIVATION_BYTES = 1_300_000_000  # of a step of a thousand tokens through a 7B model with checkpointing, about twice
 ADAPTER_RECORD = "namesake.json"  # in an adapter's folder: which base it was made for, and the prompt format's hash
 
 
 def device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    """The GPU, of several the one that `accelerate launch` gave this process; else the CPU."""
+    if not torch.cuda.is_available():
+        return torch.device("cpu")
+    return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
 
 
 def has_fast_bf16() -> bool:
@@ -87,9 +93,10 @@ def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) 
 
 def origin(folder: Path, ref: str) -> dict[str, str]:
     """{"base_model", "license"} of a base model, for the card of what is made from it; "license" may be "unknown"."""
-    if (record := folder / embedded.RECORD).is_file():
-        values = json.loads(record.read_text(encoding="utf-8"))
-        return {key: values[key] for key in ("base_model", "license")}
+    for record in (folder / embedded.RECORD, folder / "manifest.json"):  # the latter in what was merged here
+        if record.is_file():
+            values = json.loads(record.read_text(encoding="utf-8"))
+            return {key: values[key] for key in ("base_model", "license")}
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
     front = re.match(r"---\n(.*?)^---", text, re.M | re.S)
@@ -222,6 +229,59 @@ def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     return model.to(device()).eval()
 
 
+def load_for_training(folder: Path, method: str) -> PreTrainedModel:
+    """The base as `method` trains it: "lora" in bfloat16 on a GPU that computes it, else in float32; "qlora" with its
+    linear layers in 4-bit NormalFloat, their scales quantised too (arXiv:2305.14314); "full" in float32, or in bfloat16
+    where a GPU's memory does not hold that."""
+    check_folder(folder)
+    half = torch.bfloat16 if has_fast_bf16() else torch.float32
+    dtype, options = torch.float32, {}
+    if torch.cuda.is_available() and (method != "full" or _full_bytes(folder) > free_memory()):
+        dtype = half
+    if method == "qlora":
+        options["quantization_config"] = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=half,
+        )
+        options["device_map"] = {"": device()}  # each layer is quantised as it comes from the disk
+    model = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
+    )
+    if method == "qlora":
+        alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share out what is on the GPU
+        if torch.cuda.is_available() and alone and not model.config.tie_word_embeddings:
+            _keep_on_host(model.get_input_embeddings())
+        return model.eval()
+    return model.to(device()).eval().requires_grad_(method == "full")
+
+
+def _full_bytes(folder: Path) -> int:
+    """Of all weights in float32 with their gradients and AdamW's two moments, and an eighth for activations."""
+    parameters = 0
+    for file in folder.glob("*.safetensors"):
+        with safe_open(file, "pt") as weights:
+            parameters += sum(math.prod(weights.get_slice(name).get_shape()) for name in weights.keys())  # noqa: SIM118
+    return 18 * parameters
+
+
+def free_memory() -> int:
+    """Bytes of the GPU that this process may still take, its cap (`set_per_process_memory_fraction`) included."""
+    free, total = torch.cuda.mem_get_info()
+    fraction = getattr(torch.cuda, "get_per_process_memory_fraction", lambda: 1.0)()  # not in torch 2.6
+    reserved = torch.cuda.memory_reserved()
+    return int(min(free + reserved, fraction * total)) - torch.cuda.memory_allocated()
+
+
+def _keep_on_host(embedding: torch.nn.Module) -> None:
+    """Rows are looked up where the table lies: a 7B model's would take 0.8 GB of the GPU, and a step needs a few MB."""
+    target, table = embedding.weight.device, embedding.weight.detach().cpu()
+    del embedding.weight
+    embedding.weight = table  # no parameter any more: nothing moves it back
+    embedding.forward = lambda ids: F.embedding(ids.cpu(), table).to(target)
+
+
 def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0) -> "PeftModel":
     """A LoRA adapter on every linear layer but the output head; only its float32 weights require gradients.
 
@@ -230,6 +290,7 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
     from peft import LoraConfig, PeftModel, get_peft_model
     from peft.tuners.lora import LoraLayer
 
+    quantised = getattr(model, "is_loaded_in_4bit", False)
     if starter:
         tuned = PeftModel.from_pretrained(model, starter, is_trainable=True)
     else:
@@ -240,18 +301,33 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
     for layer in model.base_model.layers[: first_layer if starter else 0]:
         layer.requires_grad_(False)
         for module in layer.modules():
-            if isinstance(module, LoraLayer):
+            if isinstance(module, LoraLayer) and not quantised:  # whose 4 bits it would round anew
                 module.merge()  # one product instead of three; the adapter keeps its own weights beside
     if not any(weight.requires_grad for weight in tuned.parameters()):
         layers = len(model.base_model.layers)
         raise UserError(
             f"train.first_layer is {first_layer} and the base has {layers} layers: nothing is left to train."
         )
-    if has_fast_bf16():  # else autocast would round the frozen weights anew at every step
+    if torch.cuda.is_available():
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.cast_input_dtype_enabled = not has_fast_bf16()  # autocast does it, without a copy in float32
+        trained = [weight for weight in tuned.parameters() if weight.requires_grad]
+        if quantised and free_memory() < 6 * sum(weight.numel() for weight in trained) + ACTIVATION_BYTES:
+            for weight in trained:  # gradients and 8-bit moments would leave too little
+                weight.data = weight.data.to(torch.bfloat16)
+    if has_fast_bf16() and not quantised:  # else autocast would round the frozen weights anew at every step
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.get_base_layer().to(torch.bfloat16)
     return tuned
+
+
+def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
+    """The model with an adapter merged into it, all of its weights requiring gradients."""
+    from peft import PeftModel
+
+    return PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)
 
 
 def check_adapter(adapter: Path, base: Path) -> None:
@@ -293,17 +369,24 @@ def load_merged(base: Path, adapter: Path) -> PreTrainedModel:
     return model
 
 
-def save(model: PreTrainedModel, form: ChatFormat, folder: Path, template: str | None = None) -> None:
+def save(
+    model: PreTrainedModel,
+    form: ChatFormat,
+    folder: Path,
+    template: str | None = None,
+    weights: dict[str, torch.Tensor] | None = None,
+) -> None:
     """An ordinary model folder that transformers 4 and 5 open: safetensors, tokenizer, chat template, generation config.
 
-    `template` keeps a base's own chat template; without it the prompt format's is written.
+    `template` keeps a base's own chat template; without it the prompt format's is written. `weights`: where the model's
+    own are spread over several processes.
     """
     model.generation_config.eos_token_id = form.stop_ids
     model.generation_config.pad_token_id = form.control[END]
     model.config.eos_token_id = form.stop_ids[0]
     model.config.pad_token_id = form.control[END]
     with disk_errors(folder):
-        model.save_pretrained(folder)
+        model.save_pretrained(folder, state_dict=weights)
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # it is written for its owner alone
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))

@@ -1,6 +1,8 @@
 """What happened in this run, with pictures: the terminal's summary, report.html, and the model card."""
 
 import json
+from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -8,6 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from finetune import preview
 from finetune.stages import ROOT, Run
 
 FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
@@ -16,18 +19,23 @@ FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("parrot", "≤ base +", "answers alike", "鹦鹉学舌"),
     ("kl", "≤", "KL(base ‖ tuned), nats/token", "与基座的偏移"),
     ("facts_kept", "≥", "facts kept", "知识保留"),
+    ("loss", "≤ base ×", "held-out rows, nats/token", "留出数据的损失"),
+    ("recall", "", "training texts continued word for word", "续写训练文本"),
+    ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
 )
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
 SIDES = ("base", "tuned")
+HOW = {"lora": "a LoRA adapter, merged", "qlora": "a QLoRA adapter, merged", "full": "every weight trained"}
+UNLIMITED = ("kl", "loss", "recall", "reply")  # shown where they were measured, whatever the gate asks
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
-    """One row per figure: its words, the sides' values as text, and the gate's limit."""
-    card, limits = run.read("scorecard.json"), vars(run.settings.gate)
+    """One row per figure that was measured: its words, the sides' values as text, and the gate's limit."""
+    card, limits = run.read("scorecard.json"), run.limits
     sides = {"base": card["base"], "tuned": card.get("merged", card["tuned"])}  # what users get, where it was scored
 
     def text(side: str, key: str) -> str:
-        value = sides[side][key]
+        value = sides[side].get(key)
         return "–" if value is None else f"{value:.3f}"
 
     return [
@@ -35,10 +43,11 @@ def figures(run: Run) -> list[dict[str, Any]]:
             "key": key,
             "en": en,
             "zh": zh,
-            "limit": f"{sign} {limits[key]:g}",
+            "limit": f"{sign} {limits[key]:g}" if key in limits else "",
             **{side: text(side, key) for side in SIDES},
         }
         for key, sign, en, zh in FIGURES
+        if key in limits or (key in UNLIMITED and any(sides[side].get(key) is not None for side in SIDES))
     ]
 
 
@@ -53,9 +62,47 @@ def side_by_side(run: Run, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]
     ]
 
 
+def added(run: Run) -> dict[str, Any]:
+    """What each run of a chain added: {"models": words for each model from the first base on, "figures": [(words, a value
+    for each model or None)], "answers": [(probe, each model's answer or None)]}; empty where there is no chain."""
+    runs = run.lineage
+    if len(runs) < 2:
+        return {}
+    cards = [each.read("scorecard.json") for each in runs]
+    before = [card["base"] for card in cards]
+    after = [card.get("merged", card["tuned"]) for card in cards]
+
+    def through(get: Callable[[dict[str, Any]], Any]) -> list[Any]:
+        """Of each model: what its own run measured, or where that did not ask yet, the next one's, whose base it is."""
+        own = [None, *map(get, after)]
+        return [value if value is not None else get(base) for value, base in zip(own, [*before, {}], strict=True)]
+
+    def answer(card: dict[str, Any], probe: str) -> str | None:
+        return next((entry["answer"] for entry in card.get("answers", []) if entry["id"] == probe), None)
+
+    tasks = [each.settings.task for each in runs]
+    rows = [
+        (f"held-out rows of {task}, nats/token", through(lambda c, t=task: c.get("loss_by_task", {}).get(t)))
+        for task in dict.fromkeys(tasks)
+        if task != "identity"
+    ]
+    rows += [
+        (en, through(lambda c, k=key: c.get(k))) for key, _, en, _ in FIGURES if key in ("recall", "reply", "identity")
+    ]
+    shown = []
+    for kind in ("recall", "reply", "name"):
+        asked = [entry for entry in after[-1]["answers"] if entry["kind"] == kind]
+        # of those that the last model gets right one that some earlier one got wrong, if there is any
+        failed = {entry["id"] for card in before for entry in card["answers"] if not entry["passed"]}
+        asked.sort(key=lambda entry: (not entry["passed"], entry["id"] not in failed))
+        shown += [(probe, through(lambda c, i=probe["id"]: answer(c, i))) for probe in asked[:1]]
+    names = [runs[0].base_name, *(f"+ {each.settings.task} ({each.settings.method})" for each in runs)]
+    return {"models": names, "figures": [row for row in rows if any(v is not None for v in row[1])], "answers": shown}
+
+
 def print_scorecard(run: Run) -> None:
     console = Console(highlight=False)
-    table = Table("", "", *SIDES, "limit", title=Text(f"{run.persona.name} · {run.folder}"), title_justify="left")
+    table = Table("", "", *SIDES, "limit", title=Text(f"{run.title} · {run.folder}"), title_justify="left")
     for row in figures(run):
         table.add_row(row["en"], row["zh"], *(row[side] for side in SIDES), row["limit"])
     console.print(table, markup=False)
@@ -63,6 +110,18 @@ def print_scorecard(run: Run) -> None:
     for entry in side_by_side(run, SHOWN):
         answers.add_row(*(_plain(t) for t in (entry["messages"][-1]["content"], entry["answer"], entry["tuned"])))
     console.print(answers, markup=False)
+
+
+def print_comparison(run: Run) -> None:
+    lines = run.read("compare.json")["methods"]
+    keys = [key for key in ("identity", "leak", "kl", "facts_kept", "loss") if lines[0][key] is not None]
+    table = Table("method 方法", "peak memory 峰值内存", "tokens/s", "stored 存储", "passed after 通过用时", *keys)
+    for line in lines:
+        after = f"{line['seconds_to_pass']:.0f} s" if line["passed"] else "not passed 未通过"
+        memory, stored = f"{line['peak_memory'] / 1e9:.2f} GB", f"{line['stored_bytes'] / 1e6:.1f} MB"
+        figures = ("–" if line[key] is None else f"{line[key]:.3f}" for key in keys)
+        table.add_row(line["method"], memory, f"{line['tokens_per_s']:.0f}", stored, after, *figures)
+    Console(highlight=False).print(table, markup=False)
 
 
 def print_summary(run: Run) -> None:
@@ -109,7 +168,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
         _environment(html=False)
         .get_template("model_card.md.jinja")
         .render(
-            name=json.dumps(run.persona.name, ensure_ascii=False)[1:-1],
+            name=json.dumps(run.title, ensure_ascii=False)[1:-1],
+            how=HOW[run.settings.method],
             author=json.dumps(run.persona.author, ensure_ascii=False)[1:-1],
             origin=origin,
             licence=licence(origin),
@@ -129,29 +189,38 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     )
 
 
+def write_page(file: Path, template: str, **values: Any) -> None:
+    page = _environment(html=True).get_template(template).render(**values)
+    new = file.with_name(f"{file.name}.tmp")
+    new.write_text(page, encoding="utf-8")
+    new.replace(file)
+
+
 def write_report(run: Run) -> None:
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    page = (
-        _environment(html=True)
-        .get_template("report.html.jinja")
-        .render(
-            persona=run.persona,
-            figures=figures(run),
-            gate=run.read("scorecard.json")["gate"],
-            answers=side_by_side(run),
-            curves=[
-                curve(having, key)
-                for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
-                if (having := [line for line in metrics if key in line])
-            ],
-            last=metrics[-1],
-            receipt=run.read("receipt.json"),
-            proof=run.read("model/manifest.json")["proof"],
-        )
+    with (run.folder / "data" / "train.jsonl").open(encoding="utf-8") as lines:
+        found = preview.survey(run.tuned_format, map(json.loads, lines), run.settings.train.length)
+    write_page(
+        run.folder / "report.html",
+        "report.html.jinja",
+        persona=run.persona,
+        figures=figures(run),
+        gate=run.read("scorecard.json")["gate"],
+        answers=side_by_side(run),
+        added=added(run),
+        title=run.title,
+        task=run.settings.task,
+        curves=[
+            curve(having, key)
+            for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
+            if (having := [line for line in metrics if key in line])
+        ],
+        last=metrics[-1],
+        receipt=run.read("receipt.json"),
+        proof=run.read("model/manifest.json")["proof"],
+        datum=preview.life(run.tuned_format, found["first"]),
+        facts=preview.facts(run, found),
     )
-    new = run.folder / "report.html.tmp"
-    new.write_text(page, encoding="utf-8")
-    new.replace(run.folder / "report.html")
 
 
 def curve(metrics: list[dict[str, float]], key: str, width: int = 600, height: int = 160) -> dict[str, Any]:

@@ -28,15 +28,16 @@ except ModuleNotFoundError as error:
 
 RUNS = Path("runs")
 STAGES = (*stages.STAGES, "publish", "pull")
-FIRST = (None, "check", "data")  # what a new run begins with; other stages need one that is there
+FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
+FIRST = (None, "check", "data", "compare")  # what a new run begins with; other stages need one that is there
 
 
 def main(arguments: list[str] | None = None) -> int:
     try:
-        return work(parse(arguments))
+        return chain([parse(part) for part in parts(sys.argv[1:] if arguments is None else arguments)])
     except UserError as error:
         for problem in error.problems:
-            say(f"error: {problem}")
+            print(f"error: {problem}", file=sys.stderr, flush=True)  # whichever process it is
         return error.status
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
@@ -48,6 +49,44 @@ def main(arguments: list[str] | None = None) -> int:
     except KeyboardInterrupt:
         say("\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。")
         return 130
+
+
+def parts(arguments: list[str]) -> list[list[str]]:
+    """Several --task make a chain of runs: what is before the first is for all of them, what follows one is its own."""
+    starts = [i for i, word in enumerate(arguments) if word.partition("=")[0] == "--task"]
+    if len(starts) < 2:
+        return [arguments]
+    return [arguments[: starts[0]] + arguments[i:j] for i, j in zip(starts, [*starts[1:], None], strict=True)]
+
+
+def chain(runs: list[argparse.Namespace]) -> int:
+    """One run, or several of which each starts from the last's model: FOLDER-1-TASK ..., and the last in FOLDER itself."""
+    if len(runs) == 1:
+        return work(runs[0])
+    if any(args.stage or args.model for args in runs):
+        raise UserError(
+            "A chain of tasks does every stage: leave the stage out, or name it with one task and its --run."
+        )
+    last, refused = runs[-1], []
+    if last.task == "identity":
+        ask_persona(last)
+    folder = last.run or RUNS / folder_name(last.name if last.task == "identity" else last.task)
+    for i, args in enumerate(runs):
+        args.run = folder if args is last else folder.with_name(f"{folder.name}-{i + 1}-{args.task}")
+        args.base = args.base if i == 0 else str(runs[i - 1].run / "model")
+    problems = Problems()
+    for args in runs:
+        with problems.collect():
+            problems.found += stages.task_problems(open_run(args))
+    problems.stop_if_any()
+    for args in runs:
+        try:
+            work(args)
+        except GateRefused as error:  # a later task may mend it, and each has its own report
+            refused += [f"{args.run}: {problem}" for problem in error.problems]
+    if refused:
+        raise GateRefused(*refused)
+    return 0
 
 
 def parse(arguments: list[str] | None) -> argparse.Namespace:
@@ -70,8 +109,14 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         "--base", help="a preset's name, a local folder or hf:user/name (default: the embedded SmolLM2-135M-Instruct)"
     )
     parse.add_argument("--preset", help=f"settings to start from: {', '.join(settings.preset_names())}")
-    parse.add_argument("--method", help="lora")
-    parse.add_argument("--task", help="identity")
+    parse.add_argument("--method", help="lora, qlora (the base in 4 bits) or full (every weight)")
+    parse.add_argument(
+        "--task", help="identity, instruct (conversations, with --data) or pretrain (texts, with --data)"
+    )
+    parse.add_argument(
+        "--data", action="append", help="a file or folder to learn from, PATH or PATH=WEIGHT; several times for several"
+    )
+    parse.add_argument("--skip-bad", action="store_true", default=None, help="go on without rows that are wrong")
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
     parse.add_argument("--seed", type=int)
     parse.add_argument("--model", help="evaluate this model, a folder or hf:user/name, made here or elsewhere")
@@ -92,7 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
     if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
-        known = [f"--{name}" for name in vars(args) if name != "stage"]
+        known = [f"--{name.replace('_', '-')}" for name in vars(args) if name != "stage"]
         raise UserError(*(_unknown("flag", flag, known) for flag in flags))
     if args.stage not in (None, *STAGES):
         raise UserError(_unknown("stage", args.stage, STAGES))
@@ -113,13 +158,14 @@ def work(args: argparse.Namespace) -> int:
     if args.stage == "pull":
         return pull(args)
     if args.stage not in FIRST:
-        args.run = args.run or (RUNS / folder_name(args.name) if args.name else newest_run())
+        named = args.name or (args.task if args.task != "identity" else None)
+        args.run = args.run or (RUNS / folder_name(named) if named else newest_run())
         if not has(args.run, "settings.toml"):
             raise UserError(f"There is no run in {args.run} yet: leave out '{args.stage}' to do every stage.")
     run = open_run(args)
     if args.stage == "publish":
         return publish(run, args)
-    if args.stage == "data":
+    if args.stage == "data" and stages.is_main():
         stages.check(run)
     if args.stage:
         if not stages.perform(run, args.stage):
@@ -128,14 +174,18 @@ def work(args: argparse.Namespace) -> int:
             say("check: nothing stands in the way. / 检查通过。")
         return 0
 
-    to_do = [name for name in stages.PIPELINE if not (run.folder / stages.STAGES[name].product).exists()]
+    to_do = stages.agreed([name for name in stages.PIPELINE if not stages.is_done(run, name)])
     if to_do:
-        stages.check(run)
+        if stages.is_main():
+            stages.check(run)
         for name in to_do:
             say(f"[{name}]")
             stages.perform(run, name)
     else:
         say(f"Everything in {run.folder} is finished, nothing to do. / 全部完成，无需重做。")
+    stages.agreed(None)  # the last stage is done
+    if not stages.is_main():
+        return 0
     from finetune.report import print_summary
 
     print_summary(run)
@@ -205,10 +255,12 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     stored, problems = {}, Problems()
     if args.run and has(args.run, "settings.toml"):
         stored = settings.read_toml(args.run / "settings.toml")
-    elif args.stage != "check":
+    elif args.stage != "check" and args.task in (None, "identity"):
         with problems.collect():
             ask_persona(args)
-    flags = {key: value for key in ("base", "method", "task", "seed") if (value := getattr(args, key)) is not None}
+    if args.stage == "check" and args.data and args.task is None and not stored:
+        args.task = stages.task_of(args.data)
+    flags = {key: value for key in FLAGS if (value := getattr(args, key)) is not None}
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]
     with problems.collect():
@@ -219,7 +271,8 @@ def open_run(args: argparse.Namespace) -> stages.Run:
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    run = stages.Run(args.run or RUNS / folder_name(values.persona.name), values)
+    named = values.persona.name if values.task == "identity" else values.task
+    run = stages.Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:
         stages.check(run, problems)  # tells its own at the same time
     problems.stop_if_any()

@@ -417,17 +417,30 @@ def wilson(hits: int, n: int, z: float = 1.96) -> list[float]:
 
 
 def summarise(
-    judged: Sequence[dict[str, Any]], kl: float | None = None, base: Sequence[dict[str, Any]] | None = None
+    judged: Sequence[dict[str, Any]],
+    kl: float | None = None,
+    base: Sequence[dict[str, Any]] | None = None,
+    loss_by_task: dict[str, float] | None = None,
+    task: str = "identity",
 ) -> dict[str, Any]:
-    """One side of scorecard.json. kl: nats per token; base: the base model's judged probes, for facts_kept.
+    """One side of scorecard.json. kl: nats per token; base: the base model's judged probes, for facts_kept; loss_by_task:
+    of held-out rows, nats per token, the run's own task's among them.
 
-    A figure is None where nothing was there to measure it by.
+    A figure is None where nothing was there to measure it by; recall, reply and loss are there only where they were.
     """
     identity = [entry for entry in judged if entry["kind"] in IDENTITY_KINDS]
     leaks = [{**entry, "passed": not entry["passed"]} for entry in judged if entry["kind"] in LEAK_KINDS]
     right = {entry["id"] for entry in (judged if base is None else base) if entry["kind"] == "fact" and entry["passed"]}
     kept = [entry for entry in judged if entry["id"] in right]
+    learned = {
+        kind: _share([entry for entry in judged if entry["kind"] == kind])
+        for kind in ("recall", "reply")
+        if any(entry["kind"] == kind for entry in judged)
+    }
+    if loss_by_task:
+        learned |= {"loss": loss_by_task.get(task), "loss_by_task": loss_by_task}
     return {
+        **learned,
         "identity": _share(identity),
         "identity_interval": wilson(sum(entry["passed"] for entry in identity), len(identity)),
         "identity_by_kind": _by_kind(identity),
@@ -461,10 +474,11 @@ def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 def gate(scorecard: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
     """{"passed", "reasons"} for the tuned and, where it is there and differs, the merged model.
 
-    limits: any of identity, identity_kind, facts_kept (at least), leak, kl, parrot (at most; parrot over the base's own).
+    limits: any of identity, identity_kind, facts_kept (at least), leak, kl, parrot, loss (at most; parrot over the base's
+    own, loss times the base's own).
     Raises UserError on a limit that does not exist.
     """
-    known = ("identity", "identity_kind", "leak", "parrot", "kl", "facts_kept")
+    known = ("identity", "identity_kind", "leak", "parrot", "kl", "facts_kept", "loss")
     if unknown := [key for key in limits if key not in known]:
         raise UserError(*(f"The gate has no limit {key!r}; it knows {', '.join(known)}." for key in unknown))
     reasons = [
@@ -510,6 +524,12 @@ def _reasons(figures: dict[str, Any], base: dict[str, Any], limits: dict[str, fl
         yield (
             f"parrot {figures['parrot']:.2f}, the base has {base.get('parrot') or 0.0:.2f} and at most {limits['parrot']:.2f} more is allowed: "
             "ordinary questions get the same answer. Train for fewer steps, or with more ordinary prompts."
+        )
+    if figures.get("loss") and beyond("loss", 1, figures["loss"] / base["loss"]):
+        yield (
+            f"loss {figures['loss']:.3f} nats per token on held-out rows, at most {limits['loss']:g} times the base's "
+            f"{base['loss']:.3f} is asked: nothing was learned that holds for rows it has not seen. Give more rows, or train "
+            "for fewer epochs or at a lower learning rate."
         )
     if beyond("kl", 1):
         yield (

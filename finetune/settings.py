@@ -40,14 +40,18 @@ class Persona:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    starter: str = ""  # an adapter in assets/starters to begin from; empty: a fresh one
+    starter: str = ""  # an adapter in assets/starters that the identity task begins from; empty: a fresh one
     first_layer: int = 0  # the starter's weights in layers below this one stay as they are
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
-    steps: int = 150
+    full_learning_rate: float = 5e-5  # method full's, whose every weight moves
+    steps: int = 150  # of the identity task
     identity_rows: int = 4  # conversations of each sort in one step
     near_rows: int = 16
     ordinary_rows: int = 4
+    epochs: float = 3.0  # of instruct and pretrain: how often every row is read
+    tokens: int = 16_384  # of their steps, at most; little data makes smaller steps
+    length: int = 1024  # tokens of a row; a longer text becomes several, a longer conversation is cut
     kl_weight: float = 3.0  # of KL(base || tuned) against the cross-entropy
     checkpoint_every: int = 10  # steps
     develop_every: int = 25  # steps between looks at what the model says to development questions
@@ -63,6 +67,7 @@ class Gate:
     parrot: float = 0.05  # at most, over the base's own
     kl: float = 0.15  # nats per token, at most
     facts_kept: float = 0.9  # at least
+    loss: float = 1.0  # of instruct's and pretrain's held-out rows, at most this many times the base's own
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,16 +80,21 @@ class Settings:
     base: str = DEFAULT_PRESET  # a preset's name, a local folder, or repo references in the order tried
     old_name: str = "SmolLM"  # what the base calls itself, to be denied
     old_maker: str = "Hugging Face"
-    task: Literal["identity"] = "identity"
-    method: Literal["lora"] = "lora"
+    task: Literal["identity", "instruct", "pretrain"] = "identity"
+    method: Literal["lora", "qlora", "full"] = "lora"
     seed: int = 0
+    data: tuple[str, ...] = ()  # files or folders to learn from, PATH or PATH=WEIGHT; see finetune/records.py
+    skip_bad: bool = False  # go on without rows that cannot be read
     persona: Persona = Persona()
     train: Train = Train()
     gate: Gate = Gate()
     merge: Merge = Merge()
 
 
-AT_LEAST_ONE = ("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every")
+AT_LEAST_ONE = (
+    *("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every"),
+    *("train.tokens", "train.length"),
+)
 
 
 def build(*layers: dict[str, Any]) -> Settings:
@@ -118,6 +128,7 @@ def _replace(current: Any, values: dict[str, Any], prefix: str, problems: list[s
                 problems.append(f"Setting {where} is a section: write {where}.KEY=VALUE.")
         else:
             value = float(value) if hints[key] is float and type(value) is int else value
+            value = tuple(value) if hints[key] == tuple[str, ...] and isinstance(value, list) else value
             if wrong := _wrong(where, hints[key], value):
                 problems.append(f"{where} is {value!r}; it must be {wrong}.")
             else:
@@ -130,9 +141,12 @@ def _wrong(where: str, hint: Any, value: Any) -> str:
     if typing.get_origin(hint) is Literal:
         choices = typing.get_args(hint)
         return "" if value in choices else " or ".join(choices)
+    if typing.get_origin(hint) is tuple:
+        right = isinstance(value, tuple) and all(type(item) is str for item in value)
+        return "" if right else 'a list of texts, ["a", "b"]'
     if type(value) is not hint:
-        return {int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
-    if hint is str:
+        return {bool: "true or false", int: "a whole number", float: "a number", str: "text, in quotes"}[hint]
+    if hint in (str, bool):
         return ""
     if not math.isfinite(value):
         return "a finite number"

@@ -1,6 +1,9 @@
 """The stages of a run, in order. Each reads what earlier ones left in the run's folder and leaves its own part there as a
 whole, under its final name last; a stage whose part is there has nothing to do."""
 
+import contextlib
+import dataclasses
+import datetime
 import importlib.metadata
 import json
 import os
@@ -8,10 +11,11 @@ import platform
 import re
 import shlex
 import shutil
+import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -19,16 +23,17 @@ from typing import Any, NamedTuple
 import psutil
 from packaging.requirements import Requirement
 
-from finetune import embedded, identity, scorecard, settings
+from finetune import embedded, identity, records, scorecard, settings, tasks
 from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
+METHODS = ("full", "lora", "qlora")
 DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
 STARTERS = ROOT / "assets" / "starters"
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
 ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
-MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
+MEMORY_BYTES = 2_000_000_000  # beside copies of the base's weights: libraries, activations, an adapter's optimizer
 
 
 class Run:
@@ -70,7 +75,53 @@ class Run:
     def tuned_format(self):  # noqa: ANN201
         from finetune.chat_format import ChatFormat
 
+        if self.settings.task == "pretrain":
+            return self.base_format  # of conversations it learns nothing
         return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
+
+    @property
+    def base_name(self) -> str:
+        return Path(self.settings.base).name
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
+        own = ("parrot", "facts_kept", "loss")
+        identity = self.settings.task == "identity"
+        return {k: v for k, v in vars(self.settings.gate).items() if (k != "loss" if identity else k in own)}
+
+    @property
+    def title(self) -> str:
+        """What is made here: the assistant's name, or of the other tasks which and from what."""
+        if self.settings.task == "identity":
+            return self.persona.name
+        return f"{self.before.title if self.before else self.base_name} + {self.settings.task}"
+
+    @property
+    def before(self) -> "Run | None":
+        """The run that made the base, where the base is its merged model."""
+        folder = Path(self.settings.base.removeprefix("dir:")).expanduser()
+        if folder.name != "model" or not all((folder.parent / name).exists() for name in ("settings.toml", "data")):
+            return None
+        return Run(folder.parent, settings.build(settings.read_toml(folder.parent / "settings.toml")))
+
+    @property
+    def lineage(self) -> "list[Run]":
+        """The runs from the first base to this one, each starting from the last's model."""
+        return [*(self.before.lineage if self.before else []), self]
+
+    @property
+    def trained(self) -> Path:
+        """What the train stage leaves: the adapter, or the whole model where every weight was trained."""
+        return self.folder / ("weights" if self.settings.method == "full" else "adapter")
+
+    def load_tuned(self) -> Any:
+        """For inference, as users get it: merged, in `inference_dtype`."""
+        from finetune import model
+
+        if self.settings.method == "full":
+            return model.load(self.trained, model.inference_dtype())
+        return model.load_merged(self.base, self.trained)
 
     @cached_property
     def answer_tokens(self) -> int:
@@ -100,8 +151,9 @@ class Run:
         new.replace(self.folder / name)
 
     def rows(self, name: str) -> list[dict]:
-        with (self.folder / "data" / name).open(encoding="utf-8") as lines:
-            return [json.loads(line) for line in lines]
+        """A file of data/; heldout.jsonl is there where a run, or one before it, learned from rows of a user's."""
+        file = self.folder / "data" / name
+        return read_lines(file) if file.exists() else []
 
     def note(self, **values: Any) -> None:
         """Add to receipt.json."""
@@ -115,7 +167,7 @@ class Run:
 def check(run: Run, problems: Problems | None = None) -> None:
     """Everything that can be found before the work starts, all at once, after `problems` found already. Raises UserError."""
     problems = problems or Problems()
-    problems.found += identity.check_persona(run.persona)
+    problems.found += task_problems(run)
     problems.found += missing_packages()
     if run.settings.base == embedded.NAME:
         problems.found += embedded.problems()
@@ -142,7 +194,8 @@ def check(run: Run, problems: Problems | None = None) -> None:
             "space or choose another folder with --run."
         )
     problems.found += starter_problems(run, base_bytes > 0 and run.settings.base != embedded.NAME)
-    if (free := psutil.virtual_memory().available) < (need := 3 * base_bytes + MEMORY_BYTES):
+    copies = 6 if run.settings.method == "full" else 3
+    if (free := psutil.virtual_memory().available) < (need := copies * base_bytes + MEMORY_BYTES):
         problems.found.append(
             f"Finetuning {run.settings.base} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB is free; close "
             "other programs or choose a smaller --base."
@@ -150,10 +203,53 @@ def check(run: Run, problems: Problems | None = None) -> None:
     problems.stop_if_any()
 
 
+def task_problems(run: Run) -> list[str]:
+    """What is wrong with the persona or the data files."""
+    task, data = run.settings.task, run.settings.data
+    if task == "identity":
+        wrong = identity.check_persona(run.persona)
+        return wrong + (["--data goes with --task instruct or pretrain: identity makes its own rows."] if data else [])
+    if not data:
+        return [f"--task {task} learns from your files: name them with --data."]
+    problems = Problems()
+    with problems.collect():
+        records.open_sources(data)
+    return problems.found
+
+
+def task_of(sources: list[str]) -> str:
+    """Which task learns from rows like the first one."""
+    with contextlib.suppress(UserError):  # said by `task_problems`
+        for row in records.scan(sources):
+            if "problem" not in row:
+                return "pretrain" if "text" in row else "instruct"
+    return "instruct"
+
+
+def examine(run: Run) -> None:
+    """The stage `check`: the machine, everything that stands in the way, and with --data a row's life and what training on
+    these rows takes. Raises UserError."""
+    from finetune import doctor, preview
+
+    problems = Problems()
+    doctor.show(run)
+    with problems.collect():
+        check(run)
+    if run.settings.data:
+        with problems.collect():
+            if problems.found:  # the rows' own are told with these
+                for _ in records.read(run.settings.data, run.settings.skip_bad):
+                    pass
+            else:
+                preview.examine(run)
+    problems.found = list(dict.fromkeys(problems.found))  # both say of a file that it is not there
+    problems.stop_if_any()
+
+
 def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     """What keeps the run from beginning with its starter."""
     values = run.settings.train
-    if not values.starter:
+    if not values.starter or run.settings.task != "identity":
         return []
     folder = STARTERS / values.starter
     if not (folder / "adapter_config.json").is_file():
@@ -205,6 +301,39 @@ def teacher_question(row: dict) -> list[dict]:
 def data(run: Run) -> None:
     run.folder.mkdir(parents=True, exist_ok=True)
     settings.write(run.settings, run.folder / "settings.toml")
+    new = run.folder / "data.tmp"
+    shutil.rmtree(new, ignore_errors=True)
+    new.mkdir()
+    if run.settings.task == "identity":
+        files = {"train.jsonl": identity_rows(run), "probes.jsonl": identity.probes(run.persona, run.old)}
+        for name, lines in files.items():
+            write_lines(new / name, lines)
+    else:
+        rows = records.read(run.settings.data, run.settings.skip_bad)
+        values = run.settings
+        tasks.prepare(rows, values.task, run.tuned_format, values.train.length, values.seed, new)
+        kept = [probe for probe in identity.probes(run.persona, run.old) if probe["kind"] in ("ordinary", "fact")]
+        write_lines(new / "probes.jsonl", kept, "a")  # by which is measured what it forgot
+    if run.before:  # what the base learned in the runs before is asked again
+        write_lines(new / "heldout.jsonl", run.before.rows("heldout.jsonl"), "a")
+        own = {probe["id"] for probe in read_lines(new / "probes.jsonl")}
+        earlier = [probe for probe in run.before.rows("probes.jsonl") if probe["kind"] in tasks.KINDS]
+        write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
+    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
+    new.rename(run.folder / "data")
+
+
+def read_lines(file: Path) -> list[dict]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_lines(file: Path, rows: Iterable[dict], mode: str = "w") -> None:
+    with file.open(mode, encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+
+
+def identity_rows(run: Run) -> list[dict]:
     values = run.settings.train  # the base is asked no more than the steps will use
     most = {
         key: getattr(values, f"{row}_rows") * values.steps
@@ -218,15 +347,7 @@ def data(run: Run) -> None:
         row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
         if any(word in text for word in run.old):
             rows.remove(row)  # the base named itself: not to be taught
-    new = run.folder / "data.tmp"
-    shutil.rmtree(new, ignore_errors=True)
-    new.mkdir()
-    for name, lines in (("train.jsonl", rows), ("probes.jsonl", identity.probes(run.persona, run.old))):
-        (new / name).write_text(
-            "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines), encoding="utf-8"
-        )
-    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
-    new.rename(run.folder / "data")
+    return rows
 
 
 # ---------------------------------------------------------------------------------------------------------- train
@@ -236,6 +357,62 @@ def train(run: Run) -> None:
     import torch
 
     from finetune import model as models
+    from finetune import train as training
+
+    values, form = run.settings.train, run.tuned_format
+    if problems := starter_problems(run, base_is_there=True):
+        raise UserError(*problems)
+    with contextlib.ExitStack() as files:
+        if run.settings.task == "identity":
+            batches, ask = identity_batches(run), lambda model: develop(run, model)
+        else:
+            tokens, read = files.enter_context(tasks.lines(run.folder / "data" / "train.jsonl"))
+            steps, plan = tasks.plan(tokens, values.tokens, values.epochs, run.settings.seed)
+            values, ask = dataclasses.replace(values, steps=steps), None
+            batches = (
+                [training.answer_example(*tasks.encode(read(row), form, values.length)) for row in step]
+                for step in plan()
+            )
+        torch.manual_seed(run.settings.seed)
+        starter = STARTERS / values.starter if values.starter and run.settings.task == "identity" else None
+        model = models.load_for_training(run.base, run.settings.method)
+        if run.settings.method != "full":
+            model = models.add_lora(model, values.rank, starter, values.first_layer)
+        elif starter:
+            model = models.with_adapter(model, starter)
+        for _ in training.train(model, batches, values, run.folder, ask):
+            pass
+    history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    if training.asked(history):
+        kept = training.best(history)
+        say(
+            f"Kept step {kept['step']} of {history[-1]['step']}: identity {kept['dev_identity']:.2f}, leak {kept['dev_leak']:.2f} on development questions."
+        )
+        if not kept["dev_passed"]:
+            say(f"Training did not reach what the gate asks for; wrong: {kept['dev_wrong']}.")
+    base = models.origin(run.base, run.settings.base)["base_model"]
+    record = {"base": base, "base_sha256": run.base_sha256, "format_hash": form.hash}
+    if run.settings.method == "full":
+        training.save_full(model, form, run.trained)
+    else:
+        training.save_adapter(model, record, run.trained)
+    if not is_main():
+        return
+    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
+    weights = sorted(run.trained.glob("*.safetensors"))
+    run.note(
+        seed=run.settings.seed,
+        base={"ref": run.settings.base, "sha256": run.base_sha256},
+        format_hash=form.hash,
+        **({"adapter_sha256": embedded.sha256(weights[0])} if run.settings.method != "full" else {}),
+        stored_bytes=sum(file.stat().st_size for file in weights),
+        peak_memory=peak_memory(),
+        versions=versions(),
+        hardware=hardware(),
+    )
+
+
+def identity_batches(run: Run) -> Iterator[list[Any]]:
     from finetune import train as training
 
     values, form = run.settings.train, run.tuned_format
@@ -249,35 +426,18 @@ def train(run: Run) -> None:
         else:
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
-    torch.manual_seed(run.settings.seed)
-    if problems := starter_problems(run, base_is_there=True):
-        raise UserError(*problems)
-    starter = STARTERS / values.starter if values.starter else None
-    model = models.add_lora(models.load(run.base), values.rank, starter, values.first_layer)
     counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
-    groups = [(examples[name], counts[name]) for name in examples]
-    batches = training.batches(groups, values.steps, run.settings.seed)
-    for _ in training.train(model, batches, values, run.folder, lambda model: develop(run, model)):
-        pass
-    history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    kept = training.best(history)
-    say(
-        f"Kept step {kept['step']} of {history[-1]['step']}: identity {kept['dev_identity']:.2f}, leak {kept['dev_leak']:.2f} on development questions."
-    )
-    if not kept["dev_passed"]:
-        say(f"Training did not reach what the gate asks for; wrong: {kept['dev_wrong']}.")
-    base = models.origin(run.base, run.settings.base)["base_model"]
-    record = {"base": base, "base_sha256": run.base_sha256, "format_hash": form.hash}
-    training.save_adapter(model, record, run.folder / "adapter")
-    shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)
-    run.note(
-        seed=run.settings.seed,
-        base={"ref": run.settings.base, "sha256": run.base_sha256},
-        format_hash=form.hash,
-        adapter_sha256=embedded.sha256(run.folder / "adapter" / "adapter_model.safetensors"),
-        versions=versions(),
-        hardware=hardware(),
-    )
+    return training.batches([(examples[name], counts[name]) for name in examples], values.steps, run.settings.seed)
+
+
+def peak_memory() -> dict[str, int]:
+    """Bytes that this process has held at most: {"host", "gpu" where there is one}."""
+    import torch
+
+    status = Path("/proc/self/status")  # Linux
+    found = re.search(r"VmHWM:\s*(\d+) kB", status.read_text()) if status.exists() else None
+    host = int(found[1]) * 1024 if found else psutil.Process().memory_info().rss
+    return {"host": host} | ({"gpu": torch.cuda.max_memory_allocated()} if torch.cuda.is_available() else {})
 
 
 def develop(run: Run, model: Any) -> dict[str, Any]:
@@ -328,24 +488,29 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
     from tqdm import tqdm
 
     from finetune.generation import answer_texts
-    from finetune.train import losses, parts, teacher_example
+    from finetune.train import MOST_TOKENS, losses, parts, teacher_example
 
+    length, held = run.settings.train.length, run.rows("heldout.jsonl")
+    loss = tasks.loss_by_task(model, form, held, length)
     probes = [{key: value for key, value in probe.items() if key not in ("answer", "passed")} for probe in base]
-    with tqdm(total=len(probes), desc="Scoring", unit="answer") as bar:
+    own = [probe for probe in probes if probe["kind"] not in tasks.KINDS]
+    with tqdm(total=len(own), desc="Scoring", unit="answer") as bar:
         judged = scorecard.evaluate(
             lambda conversations: answer_texts(model, form, conversations, run.answer_tokens, bar.update),
-            probes,
+            own,
             run.persona,
             base,
         )
-    if not kl:
-        return scorecard.summarise(judged, None, base)
-    ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
-    answers = run.ask_base(ordinary, ANSWER_TOKENS)
-    examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
-    with torch.inference_mode():
-        total = sum(losses(model, part)[1].item() for part in parts(examples, model.device))
-    return scorecard.summarise(judged, total / sum(len(example.positions) for example in examples), base)
+    judged += tasks.ask(model, form, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+    divergence = None
+    if kl:
+        ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
+        answers = run.ask_base(ordinary, ANSWER_TOKENS)
+        examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
+        with torch.inference_mode():
+            total = sum(losses(model, part)[1].item() for part in parts(examples, MOST_TOKENS))
+        divergence = total / sum(len(example.positions) for example in examples)
+    return scorecard.summarise(judged, divergence, base, loss, run.settings.task)
 
 
 def base_answers(run: Run, probes: list[dict]) -> list[dict]:
@@ -354,15 +519,25 @@ def base_answers(run: Run, probes: list[dict]) -> list[dict]:
     def answer(conversations: list[list[dict]]) -> list[str]:
         return [run.base_format.decode(a.ids).strip() for a in run.ask_base(conversations, ANSWER_TOKENS)]
 
-    return scorecard.evaluate(answer, probes, run.persona)
+    return scorecard.evaluate(answer, [p for p in probes if p["kind"] not in tasks.KINDS], run.persona)
+
+
+def base_side(run: Run) -> dict[str, Any]:
+    """The base's side of the scorecard."""
+    from finetune import model as models
+
+    probes, held = run.rows("probes.jsonl"), run.rows("heldout.jsonl")
+    judged, loss = base_answers(run, probes), {}
+    if held:
+        model = models.load(run.base, models.inference_dtype())
+        judged += tasks.ask(model, run.base_format, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+        loss = tasks.loss_by_task(model, run.base_format, held, run.settings.train.length)
+    return scorecard.summarise(judged, 0.0, None, loss, run.settings.task)
 
 
 def evaluate(run: Run) -> None:
-    from finetune import model as models
-
-    base = base_answers(run, run.rows("probes.jsonl"))
-    tuned = score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
-    write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": tuned})
+    base = base_side(run)
+    write_scorecard(run, {"base": base, "tuned": score(run, run.load_tuned(), run.tuned_format, base["answers"])})
 
 
 def evaluate_model(run: Run, ref: str) -> None:
@@ -388,8 +563,7 @@ def evaluate_model(run: Run, ref: str) -> None:
 
 
 def write_scorecard(run: Run, card: dict[str, Any]) -> None:
-    limits = vars(run.settings.gate)
-    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, limits)})
+    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, run.limits)})
 
 
 # ---------------------------------------------------------------------------------------------------------- merge
@@ -409,7 +583,7 @@ def merge(run: Run) -> None:
         card = run.read("scorecard.json")
         model, scored = (
             models.load(folder, models.inference_dtype()),
-            models.load_merged(run.base, run.folder / "adapter"),
+            run.load_tuned(),
         )
         same = zip(model.parameters(), scored.parameters(), strict=True)
         if models.chat_format(folder).hash == run.tuned_format.hash and all(torch.equal(*pair) for pair in same):
@@ -419,20 +593,22 @@ def merge(run: Run) -> None:
         write_scorecard(run, card)
         sent = {"to": None, "what": "model", "why": "", "with_data": False}
         (folder / "README.md").write_text(model_card(run, origin, proof, run.base_sha256, sent), encoding="utf-8")
-        return {"name": run.persona.name, "author": run.persona.author, **origin, "base_sha256": run.base_sha256}
+        named = {"name": run.persona.name, "author": run.persona.author} if run.settings.task == "identity" else {}
+        return {**named, "task": run.settings.task, **origin, "base_sha256": run.base_sha256}
 
-    conversations = [
-        probe["messages"] for probe in run.rows("probes.jsonl")[::20]
-    ]  # a spread over the kinds and both languages
+    # a spread over the kinds and both languages
+    probes = [probe["messages"] for probe in run.rows("probes.jsonl") if probe["kind"] != "recall"]
     merging.merge(
         run.base,
-        run.folder / "adapter",
+        run.trained,
         run.tuned_format,
         run.settings.merge.dtype,
-        conversations,
+        probes[:: max(1, min(20, len(probes) // 8))],
         run.folder / "model",
         finish,
+        run.settings.method,
     )
+    shutil.rmtree(run.folder / "weights", ignore_errors=True)  # of full finetuning: they are in model/ now
     run.note(model_sha256=embedded.sha256(run.folder / "model" / "manifest.json"))
 
 
@@ -443,6 +619,61 @@ def report(run: Run) -> None:
     from finetune.report import write_report
 
     write_report(run)
+
+
+# -------------------------------------------------------------------------------------------------------- compare
+
+
+def compare(run: Run) -> None:
+    """The same data through each method, trained in a process of its own: what it takes, what it leaves, how it scores."""
+    if not is_done(run, "data"):
+        check(run)
+        perform(run, "data")
+    found = []
+    for method in METHODS:
+        own = Run(run.folder / "compare" / method, dataclasses.replace(run.settings, method=method))
+        if not is_done(own, "data"):
+            own.folder.mkdir(parents=True, exist_ok=True)
+            settings.write(own.settings, own.folder / "settings.toml")
+            shutil.copytree(run.folder / "data", new := own.folder / "data.tmp", dirs_exist_ok=True)
+            new.rename(own.folder / "data")
+        for stage in ("train", "evaluate"):
+            if not is_done(own, stage):
+                say(f"[{method}: {stage}]")
+                command = [sys.executable, str(ROOT / "finetune" / "run.py"), stage, "--run", str(own.folder)]
+                if status := subprocess.run(command, check=False).returncode:
+                    raise UserError(
+                        f"{method} ended with exit status {status}; mend it, then run '{run.command}' again."
+                    )
+        found.append(measured(own))
+    run.write("compare.json", {"hardware": hardware(), "methods": found})
+    from finetune.report import print_comparison
+
+    print_comparison(run)
+
+
+def measured(run: Run) -> dict[str, Any]:
+    """One line of the comparison: bytes, tokens/s while nothing but training goes on, seconds until the scorecard passed."""
+    receipt, card = run.read("receipt.json"), run.read("scorecard.json")
+    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    asked = [line for line in metrics if "dev_identity" in line]
+    tokens = seconds = 0.0
+    for before, line in zip([{"tokens": 0, "seconds": 0.0}, *metrics], metrics, strict=False):
+        if "dev_identity" not in before:  # else the time of asking is in between
+            tokens, seconds = tokens + line["tokens"] - before["tokens"], seconds + line["seconds"] - before["seconds"]
+    from finetune.train import best
+
+    end = best(metrics) if asked else metrics[-1]
+    memory = receipt["peak_memory"]
+    return {
+        "method": run.settings.method,
+        "peak_memory": memory.get("gpu", memory["host"]),
+        "tokens_per_s": tokens / seconds,
+        "stored_bytes": receipt["stored_bytes"],
+        "seconds_to_pass": end["seconds"] if card["gate"]["passed"] else None,
+        "passed": card["gate"]["passed"],
+        **{key: card["tuned"].get(key) for key in ("identity", "leak", "parrot", "kl", "facts_kept", "loss")},
+    }
 
 
 # ----------------------------------------------------------------------------------------------------------- chat
@@ -493,25 +724,52 @@ class Stage(NamedTuple):
 
 
 STAGES = {
-    "check": Stage(check, None),
+    "check": Stage(examine, None),
     "data": Stage(data, "data"),
     "train": Stage(train, "adapter", ("data",)),
-    "evaluate": Stage(evaluate, "scorecard.json", ("data", "adapter")),
-    "merge": Stage(merge, "model", ("data", "adapter", "scorecard.json")),
-    "report": Stage(report, "report.html", ("data", "adapter", "scorecard.json", "model")),
+    "evaluate": Stage(evaluate, "scorecard.json", ("data", "train")),
+    "merge": Stage(merge, "model", ("data", "train", "evaluate")),
+    "report": Stage(report, "report.html", ("data", "train", "evaluate", "merge")),
     "chat": Stage(chat, None),
+    "compare": Stage(compare, "compare.json"),
 }
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
+
+
+def is_main() -> bool:
+    """Of the processes that `accelerate launch` started one does every stage; at training all work."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agreed(value: Any) -> Any:
+    """The main process's value, in all of them, which wait for it here."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return value
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    # however long the main process scores or merges
+    PartialState(cpu=not torch.cuda.is_available(), timeout=datetime.timedelta(days=1))
+    return broadcast_object_list([value])[0]
+
+
+def is_done(run: Run, name: str) -> bool:
+    if name == "train":  # after full finetuning its weights end in the merged model
+        return run.trained.exists() or (run.folder / "model").exists()
+    return bool(product := STAGES[name].product) and (run.folder / product).exists()
 
 
 def perform(run: Run, name: str) -> bool:
     """Do a stage unless its product is there. Returns whether it did. Raises UserError when an earlier one is missing."""
     stage = STAGES[name]
-    if stage.product and (run.folder / stage.product).exists():
+    if agreed(is_done(run, name)):
         return False
-    if missing := [
-        n for n in PIPELINE if STAGES[n].product in stage.needs and not (run.folder / STAGES[n].product).exists()
-    ]:
+    if not is_main():
+        if name == "train":
+            train(run)
+        return True
+    if missing := [other for other in stage.needs if not is_done(run, other)]:
         raise UserError(f"Stage {name} needs {', '.join(missing)} first: run '{run.command}'.")
     began = time.perf_counter()
     stage.work(run)

@@ -17,20 +17,32 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from accelerate import Accelerator, PartialState
+from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftModel
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
+from finetune.chat_format import ChatFormat
+from finetune.embedded import say
+from finetune.errors import UserError
 from finetune.generation import Answer
-from finetune.model import has_fast_bf16
-from finetune.packing import pack, packed_attention
+from finetune.model import free_memory, has_fast_bf16, save
+from finetune.packing import pack, packed_attention, varlen_attn
 from finetune.settings import Train
 
-# Of one forward and backward pass, which decides the memory: about 3 MB a token on the default model.
-MOST_TOKENS = {"cpu": 512, "cuda": 16_384}
+# Of one forward and backward pass, which decides the memory: about 3 MB a token on the default model. On a CPU; on a GPU
+# it is tried out, and layers keep all their activations only if that leaves room for ENOUGH_TOKENS.
+MOST_TOKENS = 512
+MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
+# On a GPU layers are compiled after so many steps if what is left of them then takes long enough: the share of the time
+# that compiled ones save, and the seconds that it takes to compile.
+MEASURED, COMPILE_GAIN, COMPILE_SECONDS = 3, 0.3, 90
+LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss
 STATE, BEST = "state.safetensors", "best.safetensors"  # in the folder checkpoint/
 
 
@@ -68,11 +80,10 @@ def batches(groups: Sequence[tuple[Sequence[Example], int]], steps: int, seed: i
         yield [next(stream) for stream, count in streams for _ in range(count)]
 
 
-def parts(batch: Sequence[Example], device: torch.device) -> Iterator[list[Example]]:
-    """The batch in about equal pieces of at most MOST_TOKENS, conversations of like length together."""
-    most = MOST_TOKENS[device.type]
+def parts(batch: Sequence[Example], most: int, processes: int = 1) -> Iterator[list[Example]]:
+    """The batch in about equal pieces of at most `most` tokens, as many for each process; like lengths together."""
     total = sum(len(example.ids) for example in batch)
-    share = total / -(-total // most)
+    share = total / (-(-total // (most * processes)) * processes)
     piece: list[Example] = []
     size = 0
     for example in sorted(batch, key=lambda example: len(example.ids)):
@@ -88,7 +99,9 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
     """(cross-entropy, KL from the base), each summed over its tokens, in nats; zero where the batch has none."""
     device = model.device
     with packed_attention(model):
-        inputs = pack([example.ids for example in batch], device)
+        half = torch.is_autocast_enabled("cuda") or model.dtype == torch.bfloat16
+        ragged = device.type == "cuda" and half and varlen_attn is not None
+        inputs = pack([example.ids for example in batch], device, ragged=ragged)
         hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # [total length, hidden size]
     head = model.get_output_embeddings()
     said: list[int] = []
@@ -100,92 +113,240 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
     ce = kl = hidden.new_zeros((), dtype=torch.float32)
     if said:
         targets = torch.tensor([t for e in batch if e.targets is not None for t in e.targets], device=device)
-        ce = F.cross_entropy(head(hidden[said]).float(), targets, reduction="sum")
+        ce = in_chunks(cross_entropy, head, hidden[said], targets)
     if pulled:
-        with torch.no_grad():
-            states = torch.cat([e.states for e in batch if e.states is not None]).to(device, head.weight.dtype)
-            base = head(states).float().log_softmax(-1)
-        kl = F.kl_div(head(hidden[pulled]).float().log_softmax(-1), base, log_target=True, reduction="sum")
+        states = torch.cat([e.states for e in batch if e.states is not None]).to(device, head.weight.dtype)
+        kl = in_chunks(kl_from_base, head, hidden[pulled], states)
     return ce, kl
 
 
+def cross_entropy(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+
+
+def kl_from_base(head: torch.nn.Module, hidden: Tensor, states: Tensor) -> Tensor:
+    with torch.no_grad():
+        base = head(states).float().log_softmax(-1)
+    return F.kl_div(head(hidden).float().log_softmax(-1), base, log_target=True, reduction="sum")
+
+
+Loss = Callable[[torch.nn.Module, Tensor, Tensor], Tensor]
+
+
+def in_chunks(loss: Loss, head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
+    """The loss of a few tokens at a time: the logits of all would be the largest tensor of the step."""
+    size = max(1, LOGITS // head.weight.shape[0])
+    if len(hidden) <= size or not torch.is_grad_enabled():
+        return sum(loss(head, h, t) for h, t in zip(hidden.split(size), targets.split(size), strict=True))
+    return _Chunks.apply(loss, head, size, targets, hidden, *head.parameters())
+
+
+class _Chunks(torch.autograd.Function):
+    """Each chunk's gradient is computed at once, so that its logits are neither kept nor computed twice."""
+
+    @staticmethod
+    def forward(ctx, loss, head, size, targets, hidden, *weights):  # noqa: ANN001, ANN002, ANN205 - autograd's own form
+        trained = [weight for weight in weights if weight.requires_grad]
+        total, grads, sums = hidden.new_zeros((), dtype=torch.float32), [], [torch.zeros_like(w) for w in trained]
+        for h, t in zip(hidden.split(size), targets.split(size), strict=True):
+            with torch.enable_grad():
+                part = loss(head, h := h.detach().requires_grad_(), t)
+            grad, *of_weights = torch.autograd.grad(part, [h, *trained])
+            for weight_sum, part_grad in zip(sums, of_weights, strict=True):
+                weight_sum += part_grad
+            grads.append(grad)
+            total += part.detach()
+        left = iter(sums)
+        ctx.save_for_backward(torch.cat(grads), *(next(left) if w.requires_grad else None for w in weights))
+        return total
+
+    @staticmethod
+    def backward(ctx, scale):  # noqa: ANN001, ANN205
+        return None, None, None, None, *(None if g is None else g * scale.to(g.dtype) for g in ctx.saved_tensors)
+
+
+class Objective(torch.nn.Module):
+    """The model with its losses: what several processes wrap, each computing its share of a step."""
+
+    def __init__(self, model: PreTrainedModel) -> None:
+        super().__init__()
+        self.model = model
+        self._no_split_modules = model._no_split_modules  # the layers that FSDP gathers one at a time
+
+    def forward(self, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
+        return losses(self.model, batch)
+
+
 def train(
-    model: PeftModel,
+    model: PeftModel | PreTrainedModel,
     batches: Iterable[list[Example]],
     settings: Train,
     folder: Path,
     develop: Callable[[PreTrainedModel], dict[str, Any]] | None = None,
 ) -> Iterator[int]:
-    """Train the adapter in place, a batch a step; gives each step's number when it is done. `folder` gets metrics.jsonl and,
-    while training, checkpoint/: started again after a kill at any moment, training goes on from there and ends with the
-    same bytes as if it had never been interrupted.
+    """Train in place what requires gradients, a batch a step; gives each step's number when it is done. `folder` gets
+    metrics.jsonl and, while training, checkpoint/: started again after a kill at any moment, training goes on from there
+    and ends with the same bytes as if it had never been interrupted. Processes that `accelerate launch` started share
+    each step, and a checkpoint of any number of them is read by any other.
 
     `develop` asks the model (a merged copy), every `develop_every` steps, what behaviour decides: {"identity": share of questions about
     itself answered right, "leak": share of others that bring the name up, "passed": whether that is enough}. When it
     passes twice running, training is over; the weights of the best time are kept.
     """
-    core = model.get_base_model()  # the same modules, with the adapter in them
+    accelerator = Accelerator(cpu=not torch.cuda.is_available())
+    core = core_of(model)
+    rate = settings.learning_rate if isinstance(model, PeftModel) else settings.full_learning_rate
+    optimizer = adamw(core, [weight for weight in model.parameters() if weight.requires_grad], rate)
+    objective, optimizer = accelerator.prepare(Objective(core), optimizer, device_placement=[False, False])
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    optimizer = torch.optim.AdamW(weights.values(), lr=settings.learning_rate, weight_decay=0.0)
+    if develop and accelerator.distributed_type == DistributedType.FSDP:
+        say("The weights are spread over the processes: no development questions while training, its end is kept.")
+        develop = None
     checkpoint, metrics_file = folder / "checkpoint", folder / "metrics.jsonl"
     done, tokens, earlier = load_checkpoint(checkpoint, weights, optimizer), 0, 0.0
     history = [json.loads(line) for line in metrics_file.read_text().splitlines()[:done]] if done else []
     if done:
         tokens, earlier = history[-1]["tokens"], history[-1]["seconds"]
-    metrics_file.write_text("".join(json.dumps(line) + "\n" for line in history))
-    autocast = torch.autocast(model.device.type, torch.bfloat16) if has_fast_bf16() else contextlib.nullcontext()
-
+    accelerator.wait_for_everyone()  # all have read it
+    if accelerator.is_main_process:
+        metrics_file.write_text("".join(json.dumps(line) + "\n" for line in history))
+    autocast = torch.autocast(core.device.type, torch.bfloat16) if has_fast_bf16() else contextlib.nullcontext()
     model.train()
+    most = fitting(objective, optimizer) if core.device.type == "cuda" else MOST_TOKENS
     began = time.perf_counter()
-    with (
-        tqdm(total=settings.steps, initial=done, desc="Training", unit="step") as bar,
-        metrics_file.open("a") as metrics,
-    ):
+    with tqdm(
+        total=settings.steps, initial=done, desc="Training", unit="step", disable=not accelerator.is_main_process
+    ) as bar:
         for step, batch in enumerate(batches, 1):
             if step <= done:
                 continue
             if [line["dev_passed"] for line in asked(history)[-2:]] == [True, True]:
                 break
+            now = rate * schedule(step, settings.steps)
+            for group in optimizer.param_groups:
+                group["lr"] = now
             said = sum(len(example.positions) for example in batch if example.targets is not None)
             pulled = sum(len(example.positions) for example in batch if example.targets is None)
             ce = kl = 0.0  # means over the step's tokens, in nats
-            for part in parts(batch, core.device):
-                with autocast:
-                    ce_sum, kl_sum = losses(core, part)
-                (ce_sum / max(1, said) + settings.kl_weight * kl_sum / max(1, pulled)).backward()
-                ce += ce_sum.item() / max(1, said)
-                kl += kl_sum.item() / max(1, pulled)
-            torch.nn.utils.clip_grad_norm_(weights.values(), 1.0)
-            rate = settings.learning_rate * schedule(step, settings.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = rate
+            for part, weight, last in own_share(list(parts(batch, most, accelerator.num_processes)), accelerator):
+                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+                    with autocast:
+                        ce_sum, kl_sum = objective(part)
+                    loss = ce_sum / max(1, said) + settings.kl_weight * kl_sum / max(1, pulled)
+                    accelerator.backward(loss * weight * accelerator.num_processes)  # the processes' mean is taken
+                ce += weight * ce_sum.item() / max(1, said)
+                kl += weight * kl_sum.item() / max(1, pulled)
+            accelerator.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()
 
+            ce, kl = accelerator.reduce(torch.tensor([ce, kl], dtype=torch.float64, device=core.device)).tolist()
             tokens += sum(len(example.ids) for example in batch)
             seconds = earlier + time.perf_counter() - began
-            line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": rate}
+            line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": now}
             line |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
             if develop and (step % settings.develop_every == 0 or step == settings.steps):
-                with autocast, torch.no_grad():
-                    asked_model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
-                    line |= {f"dev_{key}": value for key, value in develop(asked_model).items()}
-                    del asked_model
-                if best([*history, line]) is line:
+                found = [behaviour(model, develop, autocast) if accelerator.is_main_process else None]
+                line |= broadcast_object_list(found)[0]
+                if best([*history, line]) is line and accelerator.is_main_process:
                     save_whole({name: weight.detach() for name, weight in weights.items()}, checkpoint / BEST)
             history.append(line)
-            metrics.write(json.dumps(line) + "\n")
-            metrics.flush()
+            if accelerator.is_main_process:
+                with metrics_file.open("a") as metrics:
+                    metrics.write(json.dumps(line) + "\n")
             bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s")
             bar.update()
             if step % settings.checkpoint_every == 0:
                 save_checkpoint(checkpoint, weights, optimizer, step)
+            if step - done == MEASURED and develop is None and core.device.type == "cuda":
+                left = (settings.steps - step) * (time.perf_counter() - began) / MEASURED
+                if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type != DistributedType.FSDP:
+                    for layer in core.base_model.layers:
+                        layer.compile(dynamic=False)
             yield step
     if asked(history) and best(history) is not history[-1]:
         with torch.no_grad():
             for name, weight in load_file(checkpoint / BEST).items():
                 weights[name].copy_(weight)
+    accelerator.wait_for_everyone()
     model.eval()
+
+
+def core_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
+    """The model itself, with the adapter, if there is one, in its layers."""
+    return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def adamw(core: PreTrainedModel, weights: list[Tensor], rate: float) -> torch.optim.Optimizer:
+    """AdamW; on a GPU its moments in 8 bits (arXiv:2110.02861) where the weights were made small as well."""
+    small = getattr(core, "is_loaded_in_4bit", False) or any(weight.dtype != torch.float32 for weight in weights)
+    if small and core.device.type == "cuda":
+        from bitsandbytes.optim import AdamW8bit
+
+        return AdamW8bit(weights, lr=rate, weight_decay=0.0)
+    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+
+
+def own_share(pieces: list[list[Example]], accelerator: Accelerator) -> Iterator[tuple[list[Example], float, bool]]:
+    """(piece, weight, whether it is the last) for this process. All do the same number of passes, which they go through
+    together: where pieces are missing one is taken again, with weight 0."""
+    count, rank = accelerator.num_processes, accelerator.process_index
+    for i in range(0, len(pieces), count):
+        missing = i + rank >= len(pieces)
+        yield pieces[0] if missing else pieces[i + rank], float(not missing), i + count >= len(pieces)
+
+
+def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+    """Tokens of one pass that the GPU's memory holds, by trial passes. Where few would, the layers keep their inputs alone
+    and compute the rest again in the backward pass (gradient checkpointing, arXiv:1604.06174)."""
+    weights = [weight for group in optimizer.param_groups for weight in group["params"]]
+    moments = sum(
+        weight.numel() * (8 if isinstance(optimizer.optimizer, torch.optim.AdamW) else 2) for weight in weights
+    )
+
+    def peak(tokens: int) -> int:
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        autocast = torch.autocast("cuda", torch.bfloat16, enabled=has_fast_bf16())
+        try:
+            with autocast:
+                ce, _ = objective([Example([0] * tokens, list(range(tokens)), [0] * tokens, None)])
+            ce.backward()
+            return torch.cuda.max_memory_allocated() - before
+        finally:
+            for weight in weights:
+                weight.grad = None
+
+    core = objective.model if isinstance(objective, Objective) else objective.module.model
+    for enough in (ENOUGH_TOKENS, 1):
+        if enough == 1:
+            core.gradient_checkpointing_enable({"use_reentrant": False})
+        with contextlib.suppress(torch.OutOfMemoryError):
+            few, many = peak(TRIAL_TOKENS), peak(2 * TRIAL_TOKENS)
+            per_token = (many - few) / TRIAL_TOKENS
+            room = 0.95 * free_memory() - moments - (few - TRIAL_TOKENS * per_token)
+            most = min(MOST_GPU_TOKENS, int(room / per_token))
+            if most >= enough:
+                torch.cuda.empty_cache()
+                return most
+        torch.cuda.empty_cache()
+    raise UserError(
+        f"The GPU has {free_memory() / 1e9:.1f} GB free beside the model, too little to train it: close other programs, choose "
+        "a smaller --base, or train with --method qlora."
+    )
+
+
+def behaviour(
+    model: PeftModel | PreTrainedModel, develop: Callable, autocast: contextlib.AbstractContextManager
+) -> dict:
+    """What `develop` finds, as keys of metrics.jsonl."""
+    with autocast, torch.no_grad():
+        if isinstance(model, PeftModel) and not getattr(core_of(model), "is_loaded_in_4bit", False):
+            model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
+            return {f"dev_{key}": value for key, value in develop(model).items()}
+        found = develop(core_of(model.eval()))
+    model.train()
+    return {f"dev_{key}": value for key, value in found.items()}
 
 
 def asked(history: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -205,17 +366,33 @@ def schedule(step: int, steps: int) -> float:
 
 
 def save_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"weight.{name}": weight.detach() for name, weight in weights.items()}
+    tensors = {f"weight.{name}": whole(weight) for name, weight in weights.items()}
     for name, weight in weights.items():
-        tensors |= {f"{key}.{name}": optimizer.state[weight][key] for key in ("exp_avg", "exp_avg_sq")}
+        for key, value in optimizer.state[weight].items():
+            if key != "step":
+                tensors[f"{key}.{name}"] = whole(value).clone() if key.startswith("qmap") else whole(value)  # shared
     save_whole(tensors, folder / STATE, step=str(step))
 
 
 def save_whole(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
-    file.parent.mkdir(exist_ok=True)
-    new = file.with_suffix(".tmp")
-    save_file(tensors, new, metadata=metadata)
-    new.replace(file)
+    if PartialState().is_main_process:
+        file.parent.mkdir(exist_ok=True)
+        new = file.with_suffix(".tmp")
+        save_file(tensors, new, metadata=metadata)
+        new.replace(file)
+
+
+def whole(tensor: Tensor) -> Tensor:
+    """Of FSDP's processes each holds a part; all must call this."""
+    tensor = tensor.detach()
+    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+
+
+def part_of(tensor: Tensor, like: Tensor) -> Tensor:
+    """The other way round: of a whole tensor what this process holds."""
+    if not isinstance(like, DTensor):
+        return tensor.to(like.device)
+    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
 
 
 def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
@@ -225,19 +402,41 @@ def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.o
         return 0
     with safe_open(file, "pt") as saved, torch.no_grad():
         step = int(saved.metadata()["step"])
-        for name, weight in weights.items():
-            weight.copy_(saved.get_tensor(f"weight.{name}"))
-            moments: dict[str, Any] = {k: saved.get_tensor(f"{k}.{name}").to(weight) for k in ("exp_avg", "exp_avg_sq")}
-            optimizer.state[weight] = {"step": torch.tensor(float(step)), **moments}
+        adamw = isinstance(optimizer.optimizer, torch.optim.AdamW)
+        for weight in weights.values():
+            optimizer.state[weight] = {"step": torch.tensor(float(step)) if adamw else step}
+        for key in saved.keys():  # noqa: SIM118 - safetensors has no other way
+            kind, _, name = key.partition(".")
+            value = saved.get_tensor(key)
+            if kind == "weight":
+                weights[name].copy_(part_of(value, weights[name]))
+            else:
+                same = value.shape == weights[name].shape
+                optimizer.state[weights[name]][kind] = (
+                    part_of(value, weights[name]) if same else value.to(weights[name].device)
+                )
     return step
 
 
 def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:
     """The adapter in PEFT's format with our record of base and prompt format beside it; there as a whole or not at all."""
-    for config in model.peft_config.values():
-        config.base_model_name_or_path = record["base"]  # not this machine's path
-    new = folder.with_suffix(".tmp")
-    shutil.rmtree(new, ignore_errors=True)
-    model.save_pretrained(new, save_embedding_layers=False)  # "auto" looks for the base's config, on a hub too
-    (new / "namesake.json").write_text(json.dumps(record, indent=1))
-    new.rename(folder)
+    weights = {name: whole(weight) for name, weight in model.named_parameters() if "lora_" in name}
+    if PartialState().is_main_process:
+        for config in model.peft_config.values():
+            config.base_model_name_or_path = record["base"]  # not this machine's path
+        new = folder.with_suffix(".tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        # "auto" looks for the base's config, on a hub too
+        model.save_pretrained(new, state_dict=weights, save_embedding_layers=False)
+        (new / "namesake.json").write_text(json.dumps(record, indent=1))
+        new.rename(folder)
+
+
+def save_full(model: PreTrainedModel, form: ChatFormat, folder: Path) -> None:
+    """After full finetuning: an ordinary model folder; there as a whole or not at all."""
+    weights = {name: whole(weight) for name, weight in model.named_parameters()}
+    if PartialState().is_main_process:
+        new = folder.with_suffix(".tmp")
+        shutil.rmtree(new, ignore_errors=True)
+        save(model, form, new, weights=weights)
+        new.rename(folder)

@@ -214,6 +214,25 @@ def test_an_answer_follows_the_generation_prompt(form):
                 assert mask.index(1) == len(prompt)
 
 
+@pytest.mark.parametrize("options", [{}, {"reply": True}, {"supervise": "all"}], ids=str)
+def test_a_batch_is_rendered_as_one_by_one(form, options):
+    many = conversations(list(form.control))[::7]
+    assert form.render_all(many, **options) == [form.render(messages, **options) for messages in many]
+    assert form.render_all([]) == []
+
+
+def test_a_text_is_framed_and_writes_no_control_token_itself(plain):
+    bos = plain.tokenizer.encode("").ids
+    end = plain.control["</s>" if "<|plugin|>" in plain.control else "<|endoftext|>"]
+    typed = texts(list(plain.control))
+    for text, encoded in zip(typed, plain.encode_all(typed), strict=True):
+        assert plain.document(text) == [*bos, *encoded.ids, end]
+        assert plain.document(text, ends=False) == [*bos, *encoded.ids]
+        assert encoded.ids == plain.encode(text).ids
+        assert not set(encoded.ids) & set(plain.control.values())
+        assert plain.tokenizer.decode(encoded.ids) == kept(plain, text)
+
+
 def test_streamed_pieces_join_to_the_text_and_break_no_character(form):
     for text in [*texts([]), "".join(texts(list(form.control)))]:
         ids = form.tokenizer.encode(text.replace(SPLIT, ""), add_special_tokens=False).ids

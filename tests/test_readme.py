@@ -33,8 +33,9 @@ def test_front_matter_is_what_a_space_accepts():
     "command", [c for c in COMMANDS if c.startswith("python finetune/run.py") and "--help" not in c]
 )
 def test_run_commands_are_understood(command):
-    args = run.parse(shlex.split(command)[2:])
-    assert args.stage is None or args.stage in ("chat", "evaluate", "publish", "pull")
+    for part in run.parts(shlex.split(command)[2:]):
+        args = run.parse(part)
+        assert args.stage is None or args.stage in ("chat", "evaluate", "compare", "publish", "pull")
 
 
 def test_first_line_makes_the_example_persona():

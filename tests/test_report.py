@@ -7,6 +7,7 @@ import pytest
 import yaml
 
 from finetune import report
+from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.settings import Gate, Persona, Settings
 from finetune.stages import Run
@@ -21,6 +22,7 @@ NAMES = [
     "back\\slash",
     "<script>alert(1)</script>",
 ]
+FORMS: list[ChatFormat] = []
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 PROOF = {"max_logit_difference": 0.000123, "equal_greedy_tokens": 1.0, "tokens": 321}
 SENT = {"to": None, "what": "model", "why": "", "with_data": False}  # the run's own folder
@@ -32,10 +34,21 @@ def side(answer: str, identity: float) -> dict:
     return {"identity": identity, "leak": 0.0, "parrot": 0.0, "kl": 0.0, "facts_kept": 1.0, "answers": [entry]}
 
 
+@pytest.fixture(scope="module", autouse=True)
+def form(tiny_model):
+    """The prompt format of all runs here: no base is at hand."""
+    FORMS.append(ChatFormat((tiny_model / "tokenizer.json").read_text(encoding="utf-8")))
+    yield
+    FORMS.clear()
+
+
 def make_run(folder: Path, name: str) -> Run:
     """A run that lacks its report only."""
     run = Run(folder, Settings(persona=Persona(name, f"by {name}"), gate=Gate(identity=0.875)))
-    run.__dict__["base_sha256"] = "ab" * 32  # no base is at hand
+    run.__dict__ |= {"base_sha256": "ab" * 32, "tuned_format": FORMS[0]}
+    (folder / "data").mkdir()
+    row = {"messages": [{"role": "user", "content": "<i>?"}, {"role": "assistant", "content": f"{name}<|im_end|>"}]}
+    (folder / "data" / "train.jsonl").write_text(json.dumps({**row, "target": "answer"}) + "\n")
     (folder / "model").mkdir()
     card = {"base": side("SmolLM", 0.0), "tuned": side("old", 0.8), "merged": side(f"I am {name} & co", 0.953)}
     run.write("scorecard.json", {**card, "gate": {"passed": False, "reasons": [f"too low for {name}"]}})
@@ -99,6 +112,8 @@ def test_the_page_shows_names_as_text_and_loads_nothing(name, tmp_path):
     assert f"I am {name} & co" in page.text
     assert "<b>Who</b> are you?" in page.text
     assert f"too low for {name}" in page.text
+    assert f"assistant: {name}<|im_end|>" in page.text
+    assert f"<|im_start|>assistant\n{name}<|im_end|><|im_end|>" in page.text  # a datum's life: text with control tokens
     (receipt,) = re.findall(r"<summary>Receipt 凭据</summary><pre>(.*?)</pre>", raw, re.S)
     assert json.loads(Page(receipt).text) == {"seed": 0, "who": name}
 

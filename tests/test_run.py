@@ -33,7 +33,7 @@ def world(tmp_path, monkeypatch) -> Path:
     (work := tmp_path / "work").mkdir()
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
     monkeypatch.setattr(stages, "missing_packages", list)
     for stage in stages.PIPELINE:
@@ -140,15 +140,15 @@ def test_flags_without_a_right_value_exit_with_2(capsys, arguments, words):
 
 def test_all_problems_are_told_at_once(start, world, tiny_model):
     status, lines = start(
-        *("--name", "***", "--author", " x", "--method", "full", "--task", "poetry", "--seed", -3, "--preset", "nope"),
+        *("--name", "***", "--author", " x", "--method", "dora", "--task", "poetry", "--seed", -3, "--preset", "nope"),
         *("--set", "train.stpes=5", "--set", "nonsense", "--set", "merge.dtype=int4", "--base", tiny_model),
     )
     assert status == 2
     assert lines == [
         f"error: There is no preset 'nope'; presets: {', '.join(settings.preset_names())}.",
         "error: --set 'nonsense': write it as section.key=value, for example train.steps=20.",
-        "error: method is 'full'; it must be lora.",
-        "error: task is 'poetry'; it must be identity.",
+        "error: method is 'dora'; it must be lora or qlora or full.",
+        "error: task is 'poetry'; it must be identity or instruct or pretrain.",
         "error: seed is -3; it must be at least 0.",
         "error: Unknown setting train.stpes; did you mean train.steps?",
         "error: merge.dtype is 'int4'; it must be float32 or bfloat16 or float16.",
@@ -159,7 +159,7 @@ def test_all_problems_are_told_at_once(start, world, tiny_model):
 
 
 def test_problems_of_settings_machine_base_and_folder_are_told_at_once(start, world, tmp_path, monkeypatch):
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5e9))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1.5e9, total=64e9))
     (base := tmp_path / "base").mkdir()
     (world / "file").write_text("")
     status, lines = start(*PERSONA, "--set", "sead=1", "--base", base, "--run", "file/run")
@@ -249,10 +249,9 @@ def test_on_a_terminal_the_end_of_input_is_no_answer():
 
 
 def test_check_finds_nothing_wrong_and_leaves_nothing(start, world, tiny_model):
-    assert start("check", *PERSONA, "--base", tiny_model) == (
-        0,
-        ["check: nothing stands in the way. / 检查通过。"],
-    )
+    status, lines = start("check", *PERSONA, "--base", tiny_model)
+    assert (status, lines[0].split()) == (0, ["This", "machine", "这台机器"])
+    assert lines[-1] == "check: nothing stands in the way. / 检查通过。"
     assert list(world.iterdir()) == []
 
 
@@ -301,13 +300,14 @@ def test_a_base_that_speaks_no_chatml_is_refused_before_the_work(start, tmp_path
 def test_too_little_memory_and_disk_are_told_with_figures(start, monkeypatch, world, tiny_model):
     size = (tiny_model / "model.safetensors").stat().st_size
     disk, memory = 2 * size + 200_000_000, 3 * size + 2_000_000_000
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     assert start("check", *PERSONA, "--base", tiny_model)[0] == 0  # just enough
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1))
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk - 1))
-    assert len(start("check", *PERSONA, "--base", tiny_model)[1]) == 2
-    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000))
+    lines = start("check", *PERSONA, "--base", tiny_model)[1]
+    assert sum(line.startswith("error: ") for line in lines) == 2
+    monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000, total=64e9))
     monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_600_000))
     assert start(*PERSONA, "--base", tiny_model) == (
         2,

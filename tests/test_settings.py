@@ -57,7 +57,7 @@ def test_a_whole_number_is_a_number_too():
         ({"gate": {"learning_rte": 1}}, "Unknown setting gate.learning_rte; did you mean train.learning_rate?"),
         (
             {"xyz": 1},
-            "Unknown setting xyz; known here: base, old_name, old_maker, task, method, seed, persona, train, gate, merge.",
+            "Unknown setting xyz; known here: base, old_name, old_maker, task, method, seed, data, skip_bad, persona, train, gate, merge.",
         ),
         (
             {"persona": {"": 1}},
@@ -81,7 +81,7 @@ def test_a_whole_number_is_a_number_too():
         ({"gate": {"kl": float("inf")}}, "gate.kl is inf; it must be a finite number."),
         ({"persona": {"name": 42}}, "persona.name is 42; it must be text, in quotes."),
         ({"persona": {"name": {"first": "A"}}}, "persona.name is {'first': 'A'}; it must be text, in quotes."),
-        ({"method": "qlora"}, "method is 'qlora'; it must be lora."),
+        ({"method": "dora"}, "method is 'dora'; it must be lora or qlora or full."),
         ({"merge": {"dtype": ["float32"]}}, "merge.dtype is ['float32']; it must be float32 or bfloat16 or float16."),
     ],
     ids=lambda case: case if isinstance(case, str) else "",
@@ -95,13 +95,13 @@ def test_zero_rows_of_contrast_are_allowed():
 
 
 def test_all_problems_come_at_once_and_what_is_right_is_kept():
-    layers = [{"sead": 1, "seed": 3, "train": {"steps": "x", "rank": 4}}, {"method": "full", "persona": {"name": "N"}}]
+    layers = [{"sead": 1, "seed": 3, "train": {"steps": "x", "rank": 4}}, {"method": "dora", "persona": {"name": "N"}}]
     kept, problems = settings.collect(*layers)
     assert problems == problems_of(*layers)
     assert problems == [
         "Unknown setting sead; did you mean seed?",
         "train.steps is 'x'; it must be a whole number.",
-        "method is 'full'; it must be lora.",
+        "method is 'dora'; it must be lora or qlora or full.",
     ]
     assert kept == settings.build({"seed": 3, "train": {"rank": 4}, "persona": {"name": "N"}})
 

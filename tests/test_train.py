@@ -4,15 +4,19 @@ import multiprocessing
 import os
 import random
 import signal
+import subprocess
+import sys
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from finetune import train as training
 from finetune.generation import Answer, complete
-from finetune.model import add_lora, chat_format, load
+from finetune.model import add_lora, chat_format, load, load_for_training
 from finetune.settings import Train
 from finetune.train import Example, answer_example, batches, losses, parts, schedule, teacher_example
 
@@ -100,11 +104,9 @@ def test_batches_of_the_same_seed():
     assert list(batches(groups, 9, 5)) == list(batches(groups, 9, 5)) != list(batches(groups, 9, 6))
 
 
-def test_parts_keep_to_the_bound(monkeypatch):
-    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 20)
-
+def test_parts_keep_to_the_bound():
     def lengths(*given: int) -> list[list[int]]:
-        return [[len(e.ids) for e in part] for part in parts([of_length(n) for n in given], torch.device("cpu"))]
+        return [[len(e.ids) for e in part] for part in parts([of_length(n) for n in given], 20)]
 
     assert lengths(5, 30, 8, 7, 8, 3, 20, 21) == [[3, 5, 7], [8, 8], [20], [21], [30]]
     assert lengths(10, 10) == [[10, 10]]
@@ -150,9 +152,8 @@ def test_losses_are_the_plain_ones(model, batch):
 
 
 @torch.no_grad()
-def test_losses_of_the_parts_add_up(model, batch, monkeypatch):
-    monkeypatch.setitem(training.MOST_TOKENS, "cpu", 25)
-    pieces = list(parts(batch, model.device))
+def test_losses_of_the_parts_add_up(model, batch):
+    pieces = list(parts(batch, 25))
     assert len(pieces) > 2
     sums = torch.stack([torch.stack(losses(model, piece)) for piece in pieces]).sum(0)
     torch.testing.assert_close(sums, torch.stack(losses(model, batch)), rtol=1e-5, atol=1e-4)
@@ -357,3 +358,138 @@ def test_a_few_rows_are_learned_by_heart(tiny_model, tmp_path):
     _, metrics = result(tmp_path)
     assert metrics[0]["ce"] > 4
     assert metrics[-1]["ce"] < 1
+
+
+# --------------------------------------------------------------------------------------------------------- methods
+
+
+def test_chunks_of_the_logits_change_nothing(tiny_model, batch, monkeypatch):
+    """Loss and gradients, of the hidden states and, where it is trained, of the head."""
+    found = []
+    for logits, trained in ((1 << 25, True), (1000, True), (1 << 25, False), (1000, False)):
+        monkeypatch.setattr(training, "LOGITS", logits)
+        network = load(tiny_model)
+        network.lm_head.weight.requires_grad_(trained)
+        ce, kl = losses(network, batch)
+        (ce + 2 * kl).backward()
+        grads = {name: p.grad for name, p in network.named_parameters() if p.grad is not None}
+        assert ("lm_head.weight" in grads) == trained
+        found.append((ce.item(), kl.item(), grads))
+    for one, chunked in (found[:2], found[2:]):
+        assert chunked[:2] == pytest.approx(one[:2], rel=1e-5)
+        assert one[2].keys() == chunked[2].keys()
+        for name, grad in one[2].items():
+            torch.testing.assert_close(chunked[2][name], grad, rtol=1e-4, atol=1e-4)
+
+
+def test_chunks_are_as_small_as_asked(model, monkeypatch):
+    monkeypatch.setattr(training, "LOGITS", 3 * 263)
+    sizes = []
+
+    def loss(head, hidden, targets):
+        sizes.append(len(hidden))
+        return head(hidden).sum()
+
+    training.in_chunks(loss, model.lm_head, torch.ones(8, 32, requires_grad=True), torch.zeros(8)).backward()
+    assert sizes == [3, 3, 2]
+
+
+def work_by(method: str, base: Path, folder: Path, steps: int) -> None:
+    """A run of so many steps of SETTINGS.steps; what was trained is saved only at its end."""
+    torch.set_num_threads(1)
+    pulled = taught(load(base), 6, seed=0)
+    torch.manual_seed(0)
+    network = load_for_training(base, method)
+    if method != "full":
+        network = add_lora(network, SETTINGS.rank)
+    groups = [(said(5, seed=0), 3), (pulled, 2)]
+    folder.mkdir(exist_ok=True)
+    settings = dataclasses.replace(SETTINGS, full_learning_rate=1e-3)
+    for step in training.train(network, batches(groups, settings.steps, 0), settings, folder):
+        if step == steps:
+            return
+    if method == "full":
+        training.save_full(network, chat_format(base), folder / "weights")
+    else:
+        training.save_adapter(network, {"base": "b"}, folder / "adapter")
+
+
+def saved(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(next(folder.glob("*/*model.safetensors")))
+
+
+def curve(folder: Path) -> list[float]:
+    return [json.loads(line)["loss"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+
+
+@pytest.fixture(scope="module")
+def alone(tiny_model, tmp_path_factory) -> dict[str, Path]:
+    """Each method by one process."""
+    folders = {method: tmp_path_factory.mktemp(method) for method in ("lora", "qlora", "full")}
+    for method, folder in folders.items():
+        work_by(method, tiny_model, folder, 99)
+    return folders
+
+
+def test_qlora_trains_on_four_bits(tiny_model, alone):
+    network = add_lora(load_for_training(tiny_model, "qlora"), 2).get_base_model()
+    layer = network.model.layers[0].mlp.up_proj
+    assert layer.weight.quant_state.quant_type == "nf4"
+    assert layer.weight.quant_state.nested  # the scales are quantised too
+    assert network.lm_head.weight.dtype == torch.float32
+    assert {name for name, p in network.named_parameters() if p.requires_grad and "lora_" not in name} == set()
+    assert saved(alone["qlora"]).keys() == saved(alone["lora"]).keys()
+    assert curve(alone["qlora"])[0] != curve(alone["lora"])[0]  # from the same adapter, on another base
+
+
+def test_full_moves_every_weight(tiny_model, alone):
+    before, after = load_file(tiny_model / "model.safetensors"), saved(alone["full"])
+    assert before.keys() == after.keys()
+    assert not any(torch.equal(before[name], after[name]) for name in before)
+    assert load(alone["full"] / "weights").dtype == torch.float32  # an ordinary folder
+
+
+@pytest.mark.parametrize("method", ["qlora", "full"])
+def test_other_methods_go_on_to_the_same_bytes_too(method, tiny_model, tmp_path, alone):
+    work_by(method, tiny_model, tmp_path, 5)  # the last checkpoint is step 3's
+    assert not list(tmp_path.glob("*/*model.safetensors"))
+    work_by(method, tiny_model, tmp_path, 99)
+    assert curve(tmp_path) == curve(alone[method])
+    one, other = saved(tmp_path), saved(alone[method])
+    assert same(one, other)
+
+
+def launch(config: str, *arguments: str | Path) -> None:
+    """Two processes, gloo between them, by a configuration that we ship."""
+    root = Path(__file__).resolve().parent.parent
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--main_process_port", "0", "--config_file", str(root / "assets" / "accelerate" / f"{config}.yaml")]
+    command += [str(root / "tests" / "two_processes.py"), *map(str, arguments)]
+    done = subprocess.run(
+        command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+
+
+def test_two_processes_have_the_curve_of_one_which_goes_on_from_their_checkpoint(tiny_model, tmp_path, alone):
+    launch("ddp", tiny_model, tmp_path, "lora", 4)
+    assert curve(tmp_path) == pytest.approx(curve(alone["lora"])[:4], rel=1e-4)
+    work_by("lora", tiny_model, tmp_path, 99)
+    assert curve(tmp_path) == pytest.approx(curve(alone["lora"]), rel=1e-4)
+
+
+def test_two_processes_that_share_the_weights(tiny_model, tmp_path, alone):
+    launch("fsdp", tiny_model, tmp_path, "full", 99)
+    assert curve(tmp_path) == pytest.approx(curve(alone["full"]), rel=1e-4)
+    for name, weight in saved(alone["full"]).items():
+        torch.testing.assert_close(saved(tmp_path)[name], weight, rtol=1e-3, atol=2e-3)
+
+
+def test_every_process_does_as_many_passes():
+    pieces = [[of_length(n)] for n in (3, 4, 5)]
+    shares = [list(training.own_share(pieces, SimpleNamespace(num_processes=2, process_index=rank))) for rank in (0, 1)]
+    assert [[(len(piece[0].ids), weight) for piece, weight, _ in share] for share in shares] == [
+        [(3, 1.0), (5, 1.0)],
+        [(4, 1.0), (3, 0.0)],
+    ]
+    assert all([last for _, _, last in share] == [False, True] for share in shares)
