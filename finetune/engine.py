@@ -66,6 +66,7 @@ class Engine:
         self.status, self.message, self.progress, self.runs_on = "loading", "Starting", "", ""
         self.began = time.monotonic()
         self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
+        self.context = 0  # tokens; 0: unknown
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of calls for the decoder's thread; None ends it
 
     def load(self) -> None:

@@ -158,7 +158,7 @@ class Decoder:
             reading += min(row.missing, self.chunk // 8)
 
     def _allocate(self, row: Row) -> Block | None:
-        size = len(row.prompt) + row.most
+        size = len(row.prompt) + row.most - 1  # the last token never goes through the model
         if sum(block.size for block in self.blocks if block.busy) + size > self.forward.room:
             return None
         shared = {id(b): common(b.ids, row.prompt[:-1]) for b in self.blocks if b.owner == row.owner}

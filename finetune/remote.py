@@ -40,7 +40,7 @@ class Remote(Engine):
         headers = {"Authorization": f"Bearer {key}"} if key else {}
         self.client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
         self.form: ChatFormat | None = None
-        self.sends_ids, self.context, self.running = False, 0, 0
+        self.sends_ids, self.running = False, 0
 
     def _load(self) -> None:
         self.message = "Asking the engine"

@@ -188,6 +188,7 @@ def test_a_long_prompt_does_not_freeze_the_others(model, passes):
     long = decoder.add(list(range(200)), 5)
     short = decoder.add([9, 8, 7], 5)
     assert [step.row for step in decoder.step()] == [short, talking]  # the short prompt is answered at once
+    assert passes == [1, 16 + 1]  # and what it leaves of its share goes to the long one
     while not long.ids:
         assert talking in [step.row for step in decoder.step()]
     assert max(passes) <= 16 + 2
