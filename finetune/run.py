@@ -92,7 +92,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
     if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
-        known = [f"--{name}" for name in vars(args) if name != "stage"]
+        known = ["--help", *(f"--{name}" for name in vars(args) if name != "stage")]
         raise UserError(*(_unknown("flag", flag, known) for flag in flags))
     if args.stage not in (None, *STAGES):
         raise UserError(_unknown("stage", args.stage, STAGES))

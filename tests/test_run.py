@@ -111,6 +111,7 @@ def test_importing_the_command_line_leaves_the_path_alone():
         (["xyz"], ["Unknown stage xyz; see python finetune/run.py --help."]),
         (["--nmae", "x"], ["Unknown flag --nmae; did you mean --name?"]),
         (["--nam=x"], ["Unknown flag --nam; did you mean --name?"]),
+        (["--helo"], ["Unknown flag --helo; did you mean --help?"]),
         (
             ["--bse", "x", "train", "-q"],
             ["Unknown flag --bse; did you mean --base?", "Unknown flag -q; see python finetune/run.py --help."],
