@@ -153,6 +153,8 @@ def evaluate_model(args: argparse.Namespace) -> int:
     args.run = args.run or RUNS / folder_name(f"{args.name} in {Path(args.model).absolute().name}")
     if has(args.run, "scorecard.json"):
         raise UserError(f"There is a scorecard in {args.run} already; choose another folder with --run.")
+    if has(args.run, "settings.toml"):  # its own scorecard is of its own model
+        raise UserError(f"There is a run in {args.run} already; choose another folder with --run.")
     run = open_run(args)
     stages.evaluate_model(run, args.model)
     from finetune.report import print_scorecard
@@ -224,9 +226,10 @@ def open_run(args: argparse.Namespace) -> stages.Run:
         stages.check(run, problems)  # tells its own at the same time
     problems.stop_if_any()
 
-    if has(run.folder, "data"):
-        if not has(run.folder, "settings.toml"):
-            raise UserError(f"The folder {run.folder} has other data in it and is no run; choose another with --run.")
+    if not has(run.folder, "settings.toml"):
+        if has(run.folder):
+            raise UserError(f"The folder {run.folder} has other files in it and is no run; choose another with --run.")
+    elif has(run.folder, "data"):
         made_with = settings.build(settings.read_toml(run.folder / "settings.toml"))
         if differences := settings.differences(made_with, values):
             raise UserError(
@@ -236,9 +239,13 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     return run
 
 
-def has(folder: Path, name: str) -> bool:
+def has(folder: Path, name: str = "") -> bool:
+    """Whether `name` is in the folder; without one, whether anything is, hidden and unfinished files aside."""
     try:
-        return (folder / name).exists()
+        there = os.listdir(folder)
+        return name in there if name else not all(n.startswith(".") or n.endswith(".tmp") for n in there)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError as error:  # a name too long, no permission
         raise UserError(
             f"The run's folder {folder} cannot be used: {error.strerror}; choose another with --run."

@@ -381,17 +381,33 @@ def test_a_finished_stage_has_nothing_to_do(start, world, tiny_model):
             "file/x/y",
             "The run's folder file/x/y cannot be made: {world}/file is not a folder; choose another with --run.",
         ),
-        ("project", "The folder project has other data in it and is no run; choose another with --run."),
+        ("project", "The folder project has other files in it and is no run; choose another with --run."),
         ("n" * 300, "The run's folder {folder} cannot be used: File name too long; choose another with --run."),
     ],
     ids=["a file", "in a file", "not a run", "too long"],
 )
 def test_a_folder_that_cannot_be_a_run_is_refused_in_words(start, world, tiny_model, folder, words):
     (world / "file").write_text("mine")
-    (world / "project" / "data").mkdir(parents=True)
+    (world / "project" / "src").mkdir(parents=True)
     expected = words.format(world=world, folder=folder)
     assert start(*PERSONA, "--base", tiny_model, "--run", folder) == (2, [f"error: {expected}"])
-    assert sorted(world.rglob("*")) == [world / "file", world / "project", world / "project" / "data"]
+    assert sorted(world.rglob("*")) == [world / "file", world / "project", world / "project" / "src"]
+
+
+def test_what_a_killed_start_left_and_hidden_files_are_in_nobodys_way(start, world, tiny_model):
+    (folder := world / "r").mkdir()
+    (folder / "settings.tmp").write_text("")
+    (folder / ".hidden").write_text("")
+    arguments = ("check", *PERSONA, "--base", tiny_model, "--set", "train.starter=''")
+    assert start(*arguments, "--run", "r") == (0, ["check: nothing stands in the way. / 检查通过。"])
+
+
+def test_another_models_scorecard_is_not_left_in_a_run(start, world):
+    make_run(world / "r", "data")
+    assert start("evaluate", "--model", "m", *PERSONA, "--run", "r") == (
+        2,
+        ["error: There is a run in r already; choose another folder with --run."],
+    )
 
 
 def test_a_folder_without_permission_is_refused_in_words(start, world, tiny_model, monkeypatch):
