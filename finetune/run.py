@@ -242,7 +242,7 @@ def open_run(args: argparse.Namespace) -> stages.Run:
 def has(folder: Path, name: str = "") -> bool:
     """Whether `name` is in the folder; without one, whether anything is, hidden and unfinished files aside."""
     try:
-        there = os.listdir(folder)
+        there = [file.name for file in folder.iterdir()]
         return name in there if name else not all(n.startswith(".") or n.endswith(".tmp") for n in there)
     except (FileNotFoundError, NotADirectoryError):
         return False

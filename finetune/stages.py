@@ -1,6 +1,7 @@
 """The stages of a run, in order. Each reads what earlier ones left in the run's folder and leaves its own part there as a
 whole, under its final name last; a stage whose part is there has nothing to do."""
 
+import contextlib
 import importlib.metadata
 import json
 import os
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 
 from finetune import embedded, identity, scorecard, settings
@@ -117,6 +119,8 @@ def check(run: Run, problems: Problems | None = None) -> None:
     problems = problems or Problems()
     problems.found += identity.check_persona(run.persona)
     problems.found += missing_packages()
+    if embedded.is_ready() or run.settings.base != embedded.NAME:
+        problems.found += embedded.unwritable()  # the base's answers are kept there
     if run.settings.base == embedded.NAME:
         problems.found += embedded.problems()
         base_bytes = 4 * 134_515_008
@@ -504,6 +508,18 @@ STAGES = {
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
 
 
+def alone(folder: Path) -> contextlib.AbstractContextManager:
+    """Keeps other processes from writing into the run's folder. Raises UserError when one is at it already."""
+    locks = embedded.cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(locks / embedded.digest_of(str(folder.resolve()))).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"Another process is at work in {folder}: wait for it, or give this run its own folder with --run."
+        ) from error
+
+
 def perform(run: Run, name: str) -> bool:
     """Do a stage unless its product is there. Returns whether it did. Raises UserError when an earlier one is missing."""
     stage = STAGES[name]
@@ -514,7 +530,8 @@ def perform(run: Run, name: str) -> bool:
     ]:
         raise UserError(f"Stage {name} needs {', '.join(missing)} first: run '{run.command}'.")
     began = time.perf_counter()
-    stage.work(run)
+    with alone(run.folder) if stage.product else contextlib.nullcontext():
+        stage.work(run)
     if stage.product:
         seconds = time.perf_counter() - began
         receipt = run.read("receipt.json") if (run.folder / "receipt.json").exists() else {}

@@ -418,6 +418,31 @@ def test_a_folder_without_permission_is_refused_in_words(start, world, tiny_mode
     assert start(*PERSONA, "--base", tiny_model) == (2, [words])
 
 
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(start, world, tiny_model, monkeypatch):
+    (world / "file").write_text("")
+    monkeypatch.setenv("NAMESAKE_CACHE", str(world / "file" / "cache"))
+    arguments = (*PERSONA, "--base", tiny_model, "--set", "train.starter=''")
+    words = f"The cache folder {world}/file/cache cannot be written; set NAMESAKE_CACHE to a folder that can."
+    assert start(*arguments) == (2, [f"error: {words}"])
+
+
+def test_two_processes_do_not_work_in_one_folder(start, world, monkeypatch):
+    make_run(world / "r", "data")
+    monkeypatch.setitem(stages.STAGES, "train", stages.STAGES["train"]._replace(work=lambda run: None))
+    other = (
+        "import sys; from pathlib import Path; from finetune import stages\n"
+        "with stages.alone(Path('r')): print('in', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", other]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"in\n"
+        words = "Another process is at work in r: wait for it, or give this run its own folder with --run."
+        assert start("train", "--run", "r") == (2, [f"error: {words}"])
+        process.kill()  # the lock goes with the process
+    assert start("train", "--run", "r") == (0, ["train: 0 s"])
+
+
 @pytest.mark.parametrize(
     "name, folder",
     [
