@@ -33,6 +33,11 @@ ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own 
 MEMORY_BYTES = 2_000_000_000  # beside three copies of the base's weights: libraries, activations, optimizer
 
 
+def quoted(path: Path) -> str:
+    """A path ready for a shell; letters of any script need no quotes."""
+    return text if re.fullmatch(r"[\w./-]+", text := str(path)) else shlex.quote(text)
+
+
 class Run:
     """A run's folder and its settings; what the stages share is computed when first asked for."""
 
@@ -42,8 +47,7 @@ class Run:
     @property
     def command(self) -> str:
         """That goes on with this run, ready for a shell."""
-        plain = re.fullmatch(r"[\w./-]+", folder := str(self.folder))
-        return f"python finetune/run.py --run {folder if plain else shlex.quote(folder)}"
+        return f"python finetune/run.py --run {quoted(self.folder)}"
 
     @property
     def old(self) -> tuple[str, str]:
@@ -453,7 +457,7 @@ def report(run: Run) -> None:
 
 
 def chat(run: Run) -> None:
-    """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D or an empty line ends."""
+    """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D ends."""
     from finetune import generation, serving
     from finetune import model as models
     from finetune.engine import ANSWER_TOKENS as ANSWERED_TOKENS
