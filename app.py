@@ -298,7 +298,7 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--adapter", default=env("ADAPTER"), help="an adapter made for that model")
     parser.add_argument("--host", default=env("GRADIO_SERVER_NAME", "0.0.0.0"))  # noqa: S104
-    parser.add_argument("--port", type=int, default=int(env("GRADIO_SERVER_PORT") or env("PORT") or 7860))
+    parser.add_argument("--port", type=int, default=env("GRADIO_SERVER_PORT") or env("PORT") or 7860)
     parser.add_argument(
         "--engine", default=env("ENGINE"), help="URL of an OpenAI-compatible server that decodes instead"
     )
@@ -318,10 +318,9 @@ def main(arguments: list[str] | None = None) -> int:
     try:
         # The port is open from here on; whoever comes before the page is ready waits a second or two for its answer.
         listener = socket.create_server((args.host, args.port), backlog=128)
-    except OSError as error:
-        say(
-            f"error: Port {args.port} cannot be opened: {error.strerror.partition(' (')[0]}. Choose another with --port."
-        )
+    except (OSError, OverflowError) as error:
+        why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0].rstrip(".")
+        say(f"error: Port {args.port} cannot be opened: {why}. Choose another with --port.")
         return 2
     say(f"{engine.ref}: http://localhost:{args.port}")
     serve(engine, listener, key=env("API_KEY"), open_api=args.open_api, origins=args.api_origin)

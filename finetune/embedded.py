@@ -54,16 +54,26 @@ def is_ready() -> bool:
     return os.access(cache_dir() / NAME / RECORD, os.R_OK)
 
 
+def unwritable() -> list[str]:
+    """That the cache cannot be written, in words; empty when it can."""
+    parent = _existing(cache_dir())
+    if parent.is_dir() and os.access(parent, os.W_OK):
+        return []
+    return [f"The cache folder {cache_dir()} cannot be written; set NAMESAKE_CACHE to a folder that can."]
+
+
+def _existing(path: Path) -> Path:
+    """The nearest of a path and its parents that is there."""
+    # os.access, because Path.exists raises where the way there is closed.
+    return next(p for p in (path, *path.parents) if os.access(p, os.F_OK))
+
+
 def problems() -> list[str]:
     """What would keep `folder` from making the model, in words; empty when it is made already."""
     if is_ready():
         return []
-    found = []
-    # os.access, because Path.exists raises where the way there is closed.
-    parent = next(p for p in (cache_dir(), *cache_dir().parents) if os.access(p, os.F_OK))
-    if not parent.is_dir() or not os.access(parent, os.W_OK):
-        found.append(f"The cache folder {cache_dir()} cannot be written; set NAMESAKE_CACHE to a folder that can.")
-    elif (free := shutil.disk_usage(parent).free) < DISK_BYTES:
+    found = unwritable()
+    if not found and (free := shutil.disk_usage(_existing(cache_dir())).free) < DISK_BYTES:
         found.append(
             f"The cache folder {cache_dir()} has {free / 1e6:.0f} MB free and the default model needs "
             f"{DISK_BYTES / 1e6:.0f} MB; free some space or set NAMESAKE_CACHE to a folder on another disk."

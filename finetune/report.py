@@ -11,7 +11,7 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import preview
-from finetune.stages import ROOT, Run
+from finetune.stages import ROOT, Run, quoted
 
 FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("identity", "≥", "identity kept", "身份认知"),
@@ -128,7 +128,7 @@ def print_summary(run: Run) -> None:
     print_scorecard(run)
     console = Console(highlight=False)
     console.print(f"Report 报告: {run.folder / 'report.html'}", markup=False, soft_wrap=True)
-    console.print(f"Next 下一步: python app.py --model {run.folder / 'model'}", markup=False, soft_wrap=True)
+    console.print(f"Next 下一步: python app.py --model {quoted(run.folder / 'model')}", markup=False, soft_wrap=True)
 
 
 def _plain(text: str) -> Text:

@@ -137,7 +137,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
     if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
-        known = [f"--{name.replace('_', '-')}" for name in vars(args) if name != "stage"]
+        known = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(args) if name != "stage")]
         raise UserError(*(_unknown("flag", flag, known) for flag in flags))
     if args.stage not in (None, *STAGES):
         raise UserError(_unknown("stage", args.stage, STAGES))
@@ -203,6 +203,8 @@ def evaluate_model(args: argparse.Namespace) -> int:
     args.run = args.run or RUNS / folder_name(f"{args.name} in {Path(args.model).absolute().name}")
     if has(args.run, "scorecard.json"):
         raise UserError(f"There is a scorecard in {args.run} already; choose another folder with --run.")
+    if has(args.run, "settings.toml"):  # its own scorecard is of its own model
+        raise UserError(f"There is a run in {args.run} already; choose another folder with --run.")
     run = open_run(args)
     stages.evaluate_model(run, args.model)
     from finetune.report import print_scorecard
@@ -277,9 +279,10 @@ def open_run(args: argparse.Namespace) -> stages.Run:
         stages.check(run, problems)  # tells its own at the same time
     problems.stop_if_any()
 
-    if has(run.folder, "data"):
-        if not has(run.folder, "settings.toml"):
-            raise UserError(f"The folder {run.folder} has other data in it and is no run; choose another with --run.")
+    if not has(run.folder, "settings.toml"):
+        if has(run.folder):
+            raise UserError(f"The folder {run.folder} has other files in it and is no run; choose another with --run.")
+    elif has(run.folder, "data"):
         made_with = settings.build(settings.read_toml(run.folder / "settings.toml"))
         if differences := settings.differences(made_with, values):
             raise UserError(
@@ -289,9 +292,13 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     return run
 
 
-def has(folder: Path, name: str) -> bool:
+def has(folder: Path, name: str = "") -> bool:
+    """Whether `name` is in the folder; without one, whether anything is, hidden and unfinished files aside."""
     try:
-        return (folder / name).exists()
+        there = [file.name for file in folder.iterdir()]
+        return name in there if name else not all(n.startswith(".") or n.endswith(".tmp") for n in there)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
     except OSError as error:  # a name too long, no permission
         raise UserError(
             f"The run's folder {folder} cannot be used: {error.strerror}; choose another with --run."

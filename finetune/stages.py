@@ -2,8 +2,11 @@
 whole, under its final name last; a stage whose part is there has nothing to do."""
 
 import contextlib
+<<<<<<< HEAD
 import dataclasses
 import datetime
+=======
+>>>>>>> fresh
 import importlib.metadata
 import json
 import os
@@ -21,6 +24,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
+from filelock import FileLock, Timeout
 from packaging.requirements import Requirement
 
 from finetune import embedded, identity, records, scorecard, settings, tasks
@@ -36,6 +40,11 @@ ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own 
 MEMORY_BYTES = 2_000_000_000  # beside copies of the base's weights: libraries, activations, an adapter's optimizer
 
 
+def quoted(path: Path) -> str:
+    """A path ready for a shell; letters of any script need no quotes."""
+    return text if re.fullmatch(r"[\w./-]+", text := str(path)) else shlex.quote(text)
+
+
 class Run:
     """A run's folder and its settings; what the stages share is computed when first asked for."""
 
@@ -45,8 +54,7 @@ class Run:
     @property
     def command(self) -> str:
         """That goes on with this run, ready for a shell."""
-        plain = re.fullmatch(r"[\w./-]+", folder := str(self.folder))
-        return f"python finetune/run.py --run {folder if plain else shlex.quote(folder)}"
+        return f"python finetune/run.py --run {quoted(self.folder)}"
 
     @property
     def old(self) -> tuple[str, str]:
@@ -169,6 +177,8 @@ def check(run: Run, problems: Problems | None = None) -> None:
     problems = problems or Problems()
     problems.found += task_problems(run)
     problems.found += missing_packages()
+    if embedded.is_ready() or run.settings.base != embedded.NAME:
+        problems.found += embedded.unwritable()  # the base's answers are kept there
     if run.settings.base == embedded.NAME:
         problems.found += embedded.problems()
         base_bytes = 4 * 134_515_008
@@ -680,7 +690,7 @@ def measured(run: Run) -> dict[str, Any]:
 
 
 def chat(run: Run) -> None:
-    """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D or an empty line ends."""
+    """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D ends."""
     from finetune import generation, serving
     from finetune import model as models
     from finetune.engine import ANSWER_TOKENS as ANSWERED_TOKENS
@@ -736,6 +746,7 @@ STAGES = {
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
 
 
+<<<<<<< HEAD
 def is_main() -> bool:
     """Of the processes that `accelerate launch` started one does every stage; at training all work."""
     return os.environ.get("RANK", "0") == "0"
@@ -758,6 +769,18 @@ def is_done(run: Run, name: str) -> bool:
     if name == "train":  # after full finetuning its weights end in the merged model
         return run.trained.exists() or (run.folder / "model").exists()
     return bool(product := STAGES[name].product) and (run.folder / product).exists()
+=======
+def alone(folder: Path) -> contextlib.AbstractContextManager:
+    """Keeps other processes from writing into the run's folder. Raises UserError when one is at it already."""
+    locks = embedded.cache_dir() / "locks"
+    locks.mkdir(parents=True, exist_ok=True)
+    try:
+        return FileLock(locks / embedded.digest_of(str(folder.resolve()))).acquire(blocking=False)
+    except Timeout as error:
+        raise UserError(
+            f"Another process is at work in {folder}: wait for it, or give this run its own folder with --run."
+        ) from error
+>>>>>>> fresh
 
 
 def perform(run: Run, name: str) -> bool:
@@ -772,7 +795,8 @@ def perform(run: Run, name: str) -> bool:
     if missing := [other for other in stage.needs if not is_done(run, other)]:
         raise UserError(f"Stage {name} needs {', '.join(missing)} first: run '{run.command}'.")
     began = time.perf_counter()
-    stage.work(run)
+    with alone(run.folder) if stage.product else contextlib.nullcontext():
+        stage.work(run)
     if stage.product:
         seconds = time.perf_counter() - began
         receipt = run.read("receipt.json") if (run.folder / "receipt.json").exists() else {}

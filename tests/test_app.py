@@ -174,6 +174,17 @@ def test_a_taken_port_is_said(capsys):
     )
 
 
+def test_a_port_that_is_none_is_said(capsys, monkeypatch):
+    assert app.main(["--model", "x", "--port", "70000"]) == 2
+    assert capsys.readouterr().err == (
+        "error: Port 70000 cannot be opened: bind(): port must be 0-65535. Choose another with --port.\n"
+    )
+    monkeypatch.setenv("PORT", "http")
+    with pytest.raises(SystemExit, match="2"):
+        app.main(["--model", "x"])
+    assert "argument --port: invalid int value: 'http'" in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------- with a browser
 
 

@@ -218,8 +218,9 @@ def test_the_bases_licence_is_the_models(tmp_path, base, licence, expected):
 
 
 def test_the_summary_takes_names_for_text(tmp_path, capsys):
-    report.print_summary(make_run(tmp_path, "[red]x[/red]"))
+    (folder := tmp_path / "two words").mkdir()
+    report.print_summary(make_run(folder, "[red]x[/red]"))
     out = capsys.readouterr().out
     assert "[red]x[/red] · " in out
     assert "I am [red]x[/red] & co" in " ".join(re.sub("[┃│]", " ", out).split())
-    assert f"Next 下一步: python app.py --model {tmp_path / 'model'}" in out
+    assert f"Next 下一步: python app.py --model '{folder / 'model'}'" in out

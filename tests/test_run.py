@@ -111,6 +111,7 @@ def test_importing_the_command_line_leaves_the_path_alone():
         (["xyz"], ["Unknown stage xyz; see python finetune/run.py --help."]),
         (["--nmae", "x"], ["Unknown flag --nmae; did you mean --name?"]),
         (["--nam=x"], ["Unknown flag --nam; did you mean --name?"]),
+        (["--helo"], ["Unknown flag --helo; did you mean --help?"]),
         (
             ["--bse", "x", "train", "-q"],
             ["Unknown flag --bse; did you mean --base?", "Unknown flag -q; see python finetune/run.py --help."],
@@ -380,17 +381,33 @@ def test_a_finished_stage_has_nothing_to_do(start, world, tiny_model):
             "file/x/y",
             "The run's folder file/x/y cannot be made: {world}/file is not a folder; choose another with --run.",
         ),
-        ("project", "The folder project has other data in it and is no run; choose another with --run."),
+        ("project", "The folder project has other files in it and is no run; choose another with --run."),
         ("n" * 300, "The run's folder {folder} cannot be used: File name too long; choose another with --run."),
     ],
     ids=["a file", "in a file", "not a run", "too long"],
 )
 def test_a_folder_that_cannot_be_a_run_is_refused_in_words(start, world, tiny_model, folder, words):
     (world / "file").write_text("mine")
-    (world / "project" / "data").mkdir(parents=True)
+    (world / "project" / "src").mkdir(parents=True)
     expected = words.format(world=world, folder=folder)
     assert start(*PERSONA, "--base", tiny_model, "--run", folder) == (2, [f"error: {expected}"])
-    assert sorted(world.rglob("*")) == [world / "file", world / "project", world / "project" / "data"]
+    assert sorted(world.rglob("*")) == [world / "file", world / "project", world / "project" / "src"]
+
+
+def test_what_a_killed_start_left_and_hidden_files_are_in_nobodys_way(start, world, tiny_model):
+    (folder := world / "r").mkdir()
+    (folder / "settings.tmp").write_text("")
+    (folder / ".hidden").write_text("")
+    arguments = ("check", *PERSONA, "--base", tiny_model, "--set", "train.starter=''")
+    assert start(*arguments, "--run", "r") == (0, ["check: nothing stands in the way. / 检查通过。"])
+
+
+def test_another_models_scorecard_is_not_left_in_a_run(start, world):
+    make_run(world / "r", "data")
+    assert start("evaluate", "--model", "m", *PERSONA, "--run", "r") == (
+        2,
+        ["error: There is a run in r already; choose another folder with --run."],
+    )
 
 
 def test_a_folder_without_permission_is_refused_in_words(start, world, tiny_model, monkeypatch):
@@ -399,6 +416,31 @@ def test_a_folder_without_permission_is_refused_in_words(start, world, tiny_mode
         f"error: The run's folder runs/小月 cannot be made: {world} cannot be written to; choose another with --run."
     )
     assert start(*PERSONA, "--base", tiny_model) == (2, [words])
+
+
+def test_a_cache_that_cannot_be_written_is_told_before_the_work(start, world, tiny_model, monkeypatch):
+    (world / "file").write_text("")
+    monkeypatch.setenv("NAMESAKE_CACHE", str(world / "file" / "cache"))
+    arguments = (*PERSONA, "--base", tiny_model, "--set", "train.starter=''")
+    words = f"The cache folder {world}/file/cache cannot be written; set NAMESAKE_CACHE to a folder that can."
+    assert start(*arguments) == (2, [f"error: {words}"])
+
+
+def test_two_processes_do_not_work_in_one_folder(start, world, monkeypatch):
+    make_run(world / "r", "data")
+    monkeypatch.setitem(stages.STAGES, "train", stages.STAGES["train"]._replace(work=lambda run: None))
+    other = (
+        "import sys; from pathlib import Path; from finetune import stages\n"
+        "with stages.alone(Path('r')): print('in', flush=True); sys.stdin.read()"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", other]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, env=environment) as process:
+        assert process.stdout.readline() == b"in\n"
+        words = "Another process is at work in r: wait for it, or give this run its own folder with --run."
+        assert start("train", "--run", "r") == (2, [f"error: {words}"])
+        process.kill()  # the lock goes with the process
+    assert start("train", "--run", "r") == (0, ["train: 0 s"])
 
 
 @pytest.mark.parametrize(
