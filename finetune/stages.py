@@ -2,11 +2,8 @@
 whole, under its final name last; a stage whose part is there has nothing to do."""
 
 import contextlib
-<<<<<<< HEAD
 import dataclasses
 import datetime
-=======
->>>>>>> fresh
 import importlib.metadata
 import json
 import os
@@ -638,7 +635,7 @@ def compare(run: Run) -> None:
     """The same data through each method, trained in a process of its own: what it takes, what it leaves, how it scores."""
     if not is_done(run, "data"):
         check(run)
-        perform(run, "data")
+        data(run)
     found = []
     for method in METHODS:
         own = Run(run.folder / "compare" / method, dataclasses.replace(run.settings, method=method))
@@ -746,7 +743,6 @@ STAGES = {
 PIPELINE = ("data", "train", "evaluate", "merge", "report")
 
 
-<<<<<<< HEAD
 def is_main() -> bool:
     """Of the processes that `accelerate launch` started one does every stage; at training all work."""
     return os.environ.get("RANK", "0") == "0"
@@ -769,7 +765,8 @@ def is_done(run: Run, name: str) -> bool:
     if name == "train":  # after full finetuning its weights end in the merged model
         return run.trained.exists() or (run.folder / "model").exists()
     return bool(product := STAGES[name].product) and (run.folder / product).exists()
-=======
+
+
 def alone(folder: Path) -> contextlib.AbstractContextManager:
     """Keeps other processes from writing into the run's folder. Raises UserError when one is at it already."""
     locks = embedded.cache_dir() / "locks"
@@ -780,7 +777,6 @@ def alone(folder: Path) -> contextlib.AbstractContextManager:
         raise UserError(
             f"Another process is at work in {folder}: wait for it, or give this run its own folder with --run."
         ) from error
->>>>>>> fresh
 
 
 def perform(run: Run, name: str) -> bool:
