@@ -293,10 +293,11 @@ def open_run(args: argparse.Namespace) -> stages.Run:
 
 
 def has(folder: Path, name: str = "") -> bool:
-    """Whether `name` is in the folder; without one, whether anything is, hidden and unfinished files aside."""
+    """Whether `name` is in the folder; without one, whether anything is, besides hidden and unfinished files and what
+    `check` leaves."""
     try:
         there = [file.name for file in folder.iterdir()]
-        return name in there if name else not all(n.startswith(".") or n.endswith(".tmp") for n in there)
+        return name in there if name else not all(n == "check.html" or re.match(r"\.|.*\.tmp$", n) for n in there)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:  # a name too long, no permission

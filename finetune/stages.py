@@ -710,9 +710,14 @@ def chat(run: Run) -> None:
             return print()
         if not text:
             continue
-        history.append({"role": "user", "content": text})
+        turn = {"role": "user", "content": text}
+        try:
+            kept = fit([*history, turn], lambda messages: len(form.prompt(messages)), room - most)
+        except UserError as error:  # too long; what was said before is kept
+            say(str(error))
+            continue
+        history.append(turn)
         answer = ""
-        kept = fit(history, lambda messages: len(form.prompt(messages)), room - most)
         pieces: Iterator[str] = generation.stream(decoder, form, kept, most)
         try:
             for piece in pieces:

@@ -433,7 +433,7 @@ def test_a_source_of_pickles_alone_is_passed_over(internlm2_as_llama, tmp_path, 
     (tmp_path / "pulled").mkdir()
     (tmp_path / "pulled" / "config.json").write_text("{}")
     pull = model.pull
-    monkeypatch.setattr(model, "pull", lambda ref: tmp_path / "pulled" if ref.startswith("hf:") else pull(ref))
+    monkeypatch.setattr(model, "pull", lambda ref, **_: tmp_path / "pulled" if ref.startswith("hf:") else pull(ref))
     assert model.base_folder(f"hf:user/name,{internlm2_as_llama}") == internlm2_as_llama
     with pytest.raises(UserError) as caught:
         model.base_folder("hf:user/name")
@@ -446,7 +446,7 @@ def test_a_source_of_pickles_alone_is_passed_over(internlm2_as_llama, tmp_path, 
 def test_a_preset_tries_its_sources_in_order_and_gives_the_model_its_hub_name(internlm2_folder, tmp_path, monkeypatch):
     asked = []
 
-    def pull(ref: str) -> Path:
+    def pull(ref: str, **_) -> Path:
         asked.append(ref)
         if ref.startswith("hf:"):
             raise UserError("the Hub does not answer")

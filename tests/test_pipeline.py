@@ -172,8 +172,10 @@ def test_a_model_can_only_be_given_to_evaluate():
 
 def test_chat_in_the_terminal(tiny_run):
     run, _, _ = tiny_run
-    done = subprocess.run(command("chat", "--run", run), input="hello\n", capture_output=True, text=True, check=False)
+    said = "word " * 50_000 + "\nhello\n"
+    done = subprocess.run(command("chat", "--run", run), input=said, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
+    assert "The message is too long" in done.stderr
     assert len(done.stdout.strip()) > len("> >")
 
 
