@@ -1,4 +1,4 @@
-"""The whole way, as a user goes it: on a tiny model made here, and once, shortened, on the real default."""
+"""The whole way, as a user goes it: on a tiny model made here, and once on the real default."""
 
 import hashlib
 import itertools
@@ -343,20 +343,19 @@ def test_what_is_private_does_not_go_out(tiny_run, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def default_run(default_model, tmp_path_factory):
-    """(the run's folder, what the command said): README's own name and author, half of the steps."""
+    """(the run's folder, what the command said): README's own line, as it stands."""
     folder = tmp_path_factory.mktemp("default")
     line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
-    return folder / "runs" / "小星", finetune(folder, *shlex.split(line), "--set", "train.steps=15")
+    return folder / "runs" / "小星", finetune(folder, *shlex.split(line))
 
 
 def test_the_real_default_learns_its_name(default_run):
     run, done = default_run
-    assert done.returncode in (0, 3), done.stderr  # half of the steps need not pass the gate
-    assert "Traceback" not in done.stderr
+    assert done.returncode == 0, done.stderr
     card = json.loads((run / "scorecard.json").read_text())
     assert card["base"]["identity"] < 0.1
-    assert card["tuned"]["identity"] > 0.6
-    assert card["tuned"]["leak"] < 0.2
+    assert card["tuned"]["identity"] > 0.9
+    assert card["tuned"]["leak"] < 0.1
     assert card["merged"]["identity"] == card["tuned"]["identity"]
     proof = json.loads((run / "model" / "manifest.json").read_text())["proof"]
     assert proof["equal_greedy_tokens"] >= 0.999
