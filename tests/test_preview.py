@@ -134,7 +134,7 @@ def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     stages.perform(made, "data")
     stages.perform(made, "train")
     last = json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    assert expected["seconds"] * expected["tokens_per_s"] == pytest.approx(last["tokens"], rel=0.1)
+    assert expected["seconds"] * expected["tokens_per_s"] == pytest.approx(last["tokens"], rel=0.25)
     assert expected["steps"] == pytest.approx(last["step"], rel=0.2, abs=1)
     assert expected["seconds"] == pytest.approx(last["seconds"], rel=0.6)  # of a second; tests/bench/estimate.py times
     assert expected["bytes"] == pytest.approx(made.read("receipt.json")["peak_memory"]["host"], rel=0.15)
