@@ -361,11 +361,12 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> "PeftMode
     return PeftModel.from_pretrained(model, adapter).eval()
 
 
-def load_merged(base: Path, adapter: Path) -> PreTrainedModel:
-    """base + adapter as one model for inference: merged in float32, its weights then rounded to `inference_dtype`."""
+def load_merged(base: Path, adapter: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
+    """base + adapter as one model for inference: merged in float32, its weights then rounded, to `inference_dtype` where no
+    other is asked for."""
     model = load_adapter(load(base), adapter, base).merge_and_unload()
     for weight in model.parameters():  # not model.to(dtype), which rounds the rotary frequencies as well
-        weight.data = weight.data.to(inference_dtype())
+        weight.data = weight.data.to(dtype or inference_dtype())
     return model
 
 

@@ -52,12 +52,7 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
 
 
 def _whole(base: Path, adapter: Path | None, dtype: torch.dtype) -> PreTrainedModel:
-    if not adapter:
-        return models.load(base, dtype)
-    merged = models.load_adapter(models.load(base), adapter, base).merge_and_unload()
-    for weight in merged.parameters():  # not model.to(dtype), which rounds the rotary frequencies as well
-        weight.data = weight.data.to(dtype)
-    return merged
+    return models.load_merged(base, adapter, dtype) if adapter else models.load(base, dtype)
 
 
 def weight_bytes(base: Path, dtype: torch.dtype) -> int:

@@ -29,7 +29,7 @@ from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
 ROOT = Path(__file__).resolve().parent.parent
-METHODS = ("full", "lora", "qlora")
+METHODS = ("full", "lora", "qlora")  # in the order of the comparison
 DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
 STARTERS = ROOT / "assets" / "starters"
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
@@ -588,10 +588,7 @@ def merge(run: Run) -> None:
     def finish(folder: Path, proof: dict[str, Any]) -> dict[str, Any]:
         """The scorecard of what users get, and the model card."""
         card = run.read("scorecard.json")
-        model, scored = (
-            models.load(folder, models.inference_dtype()),
-            run.load_tuned(),
-        )
+        model, scored = models.load(folder, models.inference_dtype()), run.load_tuned()
         same = zip(model.parameters(), scored.parameters(), strict=True)
         if models.chat_format(folder).hash == run.tuned_format.hash and all(torch.equal(*pair) for pair in same):
             card["merged"] = card["tuned"]  # the same weights, bit for bit, give the same answers
@@ -663,14 +660,13 @@ def measured(run: Run) -> dict[str, Any]:
     """One line of the comparison: bytes, tokens/s while nothing but training goes on, seconds until the scorecard passed."""
     receipt, card = run.read("receipt.json"), run.read("scorecard.json")
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    asked = [line for line in metrics if "dev_identity" in line]
     tokens = seconds = 0.0
     for before, line in zip([{"tokens": 0, "seconds": 0.0}, *metrics], metrics, strict=False):
         if "dev_identity" not in before:  # else the time of asking is in between
             tokens, seconds = tokens + line["tokens"] - before["tokens"], seconds + line["seconds"] - before["seconds"]
-    from finetune.train import best
+    from finetune.train import asked, best
 
-    end = best(metrics) if asked else metrics[-1]
+    end = best(metrics) if asked(metrics) else metrics[-1]
     memory = receipt["peak_memory"]
     return {
         "method": run.settings.method,
