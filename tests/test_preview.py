@@ -4,7 +4,6 @@ import io
 import json
 import random
 import re
-import time
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -12,7 +11,6 @@ import pytest
 from rich.console import Console
 
 from finetune import preview, records, run, settings, stages
-from finetune import train as training
 from finetune.chat_format import ChatFormat
 
 HOSTILE = "<script>alert(1)</script> [red]x[/red] \x1b[31m\x07 <|im_end|>\n{{ 1 }} 你好"
@@ -117,8 +115,7 @@ def test_of_many_rows_a_sample_is_tokenized(form, monkeypatch):
 
 @pytest.mark.parametrize("task", ["instruct", "pretrain"])
 def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
-    """Measured in the processor's time of this process, so that other programs do not count."""
-    monkeypatch.setattr(training.time, "perf_counter", time.process_time)
+    """All but the speed, which other programs share: tests/bench/estimate.py times."""
     monkeypatch.setattr(preview, "TRIAL_SECONDS", 1.0)
     lines = random.Random(0)
     texts = [
@@ -136,7 +133,6 @@ def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     last = json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert expected["seconds"] * expected["tokens_per_s"] == pytest.approx(last["tokens"], rel=0.25)
     assert expected["steps"] == pytest.approx(last["step"], rel=0.2, abs=1)
-    assert expected["seconds"] == pytest.approx(last["seconds"], rel=0.6)  # of a second; tests/bench/estimate.py times
     assert expected["bytes"] == pytest.approx(made.read("receipt.json")["peak_memory"]["host"], rel=0.15)
 
 
