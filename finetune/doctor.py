@@ -18,7 +18,8 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import embedded
-from finetune.stages import Run, hardware, versions
+from finetune.run_folder import Run
+from finetune.stages import hardware, versions
 
 CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 SECONDS = 4.0  # for all hubs together, name resolution included

@@ -26,7 +26,7 @@ from finetune import records, stages, tasks
 from finetune.chat_format import ChatFormat, Rendered
 from finetune.embedded import say
 from finetune.errors import UserError
-from finetune.stages import Run
+from finetune.run_folder import Run
 
 SAMPLE, CHARACTERS = 1000, 4_000_000  # rows that are tokenized, and of these so many characters; the others are counted
 TOKENS = 400  # that are shown of one row

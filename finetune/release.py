@@ -12,7 +12,7 @@ from finetune import embedded, transfer
 from finetune.errors import GateRefused, UserError
 from finetune.places import MANIFEST, Place
 from finetune.report import model_card
-from finetune.stages import Run
+from finetune.run_folder import Run
 from finetune.transfer import Source
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "namesake.json")

@@ -11,7 +11,8 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import preview
-from finetune.stages import ROOT, Run, quoted
+from finetune.checks import ROOT
+from finetune.run_folder import Run, quoted
 
 FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("identity", "≥", "identity kept", "身份认知"),

@@ -17,9 +17,10 @@ if __name__ == "__main__":  # Python puts this file's folder first on the import
 os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
 
 try:
-    from finetune import identity, settings, stages
+    from finetune import checks, identity, settings, stages
     from finetune.embedded import say
     from finetune.errors import GateRefused, Problems, UserError
+    from finetune.run_folder import Run
 except ModuleNotFoundError as error:
     if error.name.startswith("finetune"):
         raise
@@ -77,7 +78,7 @@ def chain(runs: list[argparse.Namespace]) -> int:
     problems = Problems()
     for args in runs:
         with problems.collect():
-            problems.found += stages.task_problems(open_run(args))
+            problems.found += checks.task_problems(open_run(args))
     problems.stop_if_any()
     for args in runs:
         try:
@@ -166,7 +167,7 @@ def work(args: argparse.Namespace) -> int:
     if args.stage == "publish":
         return publish(run, args)
     if args.stage == "data" and stages.is_main():
-        stages.check(run)
+        checks.check(run)
     if args.stage:
         if not stages.perform(run, args.stage):
             say(f"{args.stage}: {run.folder / stages.STAGES[args.stage].product} is there already, nothing to do.")
@@ -177,7 +178,7 @@ def work(args: argparse.Namespace) -> int:
     to_do = stages.agreed([name for name in stages.PIPELINE if not stages.is_done(run, name)])
     if to_do:
         if stages.is_main():
-            stages.check(run)
+            checks.check(run)
         for name in to_do:
             say(f"[{name}]")
             stages.perform(run, name)
@@ -228,7 +229,7 @@ def pull(args: argparse.Namespace) -> int:
     return 0
 
 
-def publish(run: stages.Run, args: argparse.Namespace) -> int:
+def publish(run: Run, args: argparse.Namespace) -> int:
     """`publish --to REF`: what is there afterwards is what the run made, by the place's own record."""
     from finetune import hub, release
 
@@ -252,7 +253,7 @@ def publish(run: stages.Run, args: argparse.Namespace) -> int:
     return 0
 
 
-def open_run(args: argparse.Namespace) -> stages.Run:
+def open_run(args: argparse.Namespace) -> Run:
     """The run that the flags mean. Raises UserError with all problems."""
     stored, problems = {}, Problems()
     if args.run and has(args.run, "settings.toml"):
@@ -261,7 +262,7 @@ def open_run(args: argparse.Namespace) -> stages.Run:
         with problems.collect():
             ask_persona(args)
     if args.stage == "check" and args.data and args.task is None and not stored:
-        args.task = stages.task_of(args.data)
+        args.task = checks.task_of(args.data)
     flags = {key: value for key in FLAGS if (value := getattr(args, key)) is not None}
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]
@@ -274,9 +275,9 @@ def open_run(args: argparse.Namespace) -> stages.Run:
     values, wrong = settings.collect(*layers)
     problems.found += wrong
     named = values.persona.name if values.task == "identity" else values.task
-    run = stages.Run(args.run or RUNS / folder_name(named), values)
+    run = Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:
-        stages.check(run, problems)  # tells its own at the same time
+        checks.check(run, problems)  # tells its own at the same time
     problems.stop_if_any()
 
     if not has(run.folder, "settings.toml"):

@@ -9,290 +9,28 @@ import json
 import os
 import platform
 import re
-import shlex
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 from filelock import FileLock, Timeout
-from packaging.requirements import Requirement
 
 from finetune import embedded, identity, records, scorecard, settings, tasks
+from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
 from finetune.embedded import say
-from finetune.errors import Problems, UserError
+from finetune.errors import UserError
+from finetune.run_folder import ANSWER_TOKENS, Run, read_lines, write_lines
+from finetune.terminal import chat
 
-ROOT = Path(__file__).resolve().parent.parent
 METHODS = ("full", "lora", "qlora")  # in the order of the comparison
 DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
-STARTERS = ROOT / "assets" / "starters"
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
-ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
-MEMORY_BYTES = 2_000_000_000  # beside copies of the base's weights: libraries, activations, an adapter's optimizer
-
-
-def quoted(path: Path) -> str:
-    """A path ready for a shell; letters of any script need no quotes."""
-    return text if re.fullmatch(r"[\w./-]+", text := str(path)) else shlex.quote(text)
-
-
-class Run:
-    """A run's folder and its settings; what the stages share is computed when first asked for."""
-
-    def __init__(self, folder: Path, values: settings.Settings) -> None:
-        self.folder, self.settings, self.persona = folder, values, values.persona
-
-    @property
-    def command(self) -> str:
-        """That goes on with this run, ready for a shell."""
-        return f"python finetune/run.py --run {quoted(self.folder)}"
-
-    @property
-    def old(self) -> tuple[str, str]:
-        """The base's own name and maker."""
-        return self.settings.old_name, self.settings.old_maker
-
-    @cached_property
-    def base(self) -> Path:
-        from finetune.model import base_folder
-
-        return base_folder(self.settings.base)
-
-    @cached_property
-    def base_sha256(self) -> str:
-        from finetune.model import fingerprint
-
-        return fingerprint(self.base)
-
-    @cached_property
-    def base_format(self):  # noqa: ANN201 - ChatFormat, imported late
-        from finetune.model import chat_format
-
-        return chat_format(self.base)
-
-    @cached_property
-    def tuned_format(self):  # noqa: ANN201
-        from finetune.chat_format import ChatFormat
-
-        if self.settings.task == "pretrain":
-            return self.base_format  # of conversations it learns nothing
-        return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
-
-    @property
-    def base_name(self) -> str:
-        return Path(self.settings.base).name
-
-    @property
-    def limits(self) -> dict[str, float]:
-        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
-        own = ("parrot", "facts_kept", "loss")
-        identity = self.settings.task == "identity"
-        return {k: v for k, v in vars(self.settings.gate).items() if (k != "loss" if identity else k in own)}
-
-    @property
-    def title(self) -> str:
-        """What is made here: the assistant's name, or of the other tasks which and from what."""
-        if self.settings.task == "identity":
-            return self.persona.name
-        return f"{self.before.title if self.before else self.base_name} + {self.settings.task}"
-
-    @property
-    def before(self) -> "Run | None":
-        """The run that made the base, where the base is its merged model."""
-        folder = Path(self.settings.base.removeprefix("dir:")).expanduser()
-        if folder.name != "model" or not all((folder.parent / name).exists() for name in ("settings.toml", "data")):
-            return None
-        return Run(folder.parent, settings.build(settings.read_toml(folder.parent / "settings.toml")))
-
-    @property
-    def lineage(self) -> "list[Run]":
-        """The runs from the first base to this one, each starting from the last's model."""
-        return [*(self.before.lineage if self.before else []), self]
-
-    @property
-    def trained(self) -> Path:
-        """What the train stage leaves: the adapter, or the whole model where every weight was trained."""
-        return self.folder / ("weights" if self.settings.method == "full" else "adapter")
-
-    def load_tuned(self) -> Any:
-        """For inference, as users get it: merged, in `inference_dtype`."""
-        from finetune import model
-
-        if self.settings.method == "full":
-            return model.load(self.trained, model.inference_dtype())
-        return model.load_merged(self.base, self.trained)
-
-    @cached_property
-    def answer_tokens(self) -> int:
-        """Of an answer that is scored: enough to say the name and the author."""
-        said = self.tuned_format.tokenizer.encode(f"我是{self.persona.name}，由{self.persona.author}开发。").ids
-        return max(ANSWER_TOKENS, len(said) + 2)
-
-    def ask_base(self, conversations: list[list[dict]], max_new_tokens: int) -> list[Any]:
-        """The base's answers (generation.Answer) as its users get them: under its own template and default prompt."""
-        from finetune import model, teacher
-
-        dtype = model.inference_dtype()
-        return teacher.ask(
-            f"{self.base_sha256[:16]}-{str(dtype).removeprefix('torch.')}",
-            lambda: model.load(self.base, dtype),
-            [self.base_format.prompt(messages) for messages in conversations],
-            self.base_format.stop_ids,
-            max_new_tokens,
-        )
-
-    def read(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
-
-    def write(self, name: str, value: Any) -> None:
-        new = self.folder / f"{name}.tmp"
-        new.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
-        new.replace(self.folder / name)
-
-    def rows(self, name: str) -> list[dict]:
-        """A file of data/; heldout.jsonl is there where a run, or one before it, learned from rows of a user's."""
-        file = self.folder / "data" / name
-        return read_lines(file) if file.exists() else []
-
-    def note(self, **values: Any) -> None:
-        """Add to receipt.json."""
-        receipt = self.read("receipt.json") if (self.folder / "receipt.json").exists() else {}
-        self.write("receipt.json", {**receipt, **values})
-
-
-# ---------------------------------------------------------------------------------------------------------- check
-
-
-def check(run: Run, problems: Problems | None = None) -> None:
-    """Everything that can be found before the work starts, all at once, after `problems` found already. Raises UserError."""
-    problems = problems or Problems()
-    problems.found += task_problems(run)
-    problems.found += missing_packages()
-    if embedded.is_ready() or run.settings.base != embedded.NAME:
-        problems.found += embedded.unwritable()  # the base's answers are kept there
-    if run.settings.base == embedded.NAME:
-        problems.found += embedded.problems()
-        base_bytes = 4 * 134_515_008
-    elif problems.found and not os.access(run.settings.base, os.F_OK):
-        base_bytes = 0  # it may have to be downloaded: not before the rest is right
-    else:
-        base_bytes = 0
-        with problems.collect():
-            from finetune.model import check_folder
-
-            check_folder(run.base)
-            _ = run.base_format
-            base_bytes = sum(file.stat().st_size for file in run.base.glob("*.safetensors"))
-    parent = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if os.access(p, os.F_OK))
-    if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
-        why = "cannot be written to" if parent.is_dir() else "is not a folder"
-        problems.found.append(
-            f"The run's folder {run.folder} cannot be made: {parent} {why}; choose another with --run."
-        )
-    elif (free := shutil.disk_usage(parent).free) < (need := 2 * base_bytes + 200_000_000):
-        problems.found.append(
-            f"The run's folder {run.folder} needs {need / 1e6:.0f} MB and its disk has {free / 1e6:.0f} MB free; free some "
-            "space or choose another folder with --run."
-        )
-    problems.found += starter_problems(run, base_bytes > 0 and run.settings.base != embedded.NAME)
-    copies = 6 if run.settings.method == "full" else 3
-    if (free := psutil.virtual_memory().available) < (need := copies * base_bytes + MEMORY_BYTES):
-        problems.found.append(
-            f"Finetuning {run.settings.base} needs about {need / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB is free; close "
-            "other programs or choose a smaller --base."
-        )
-    problems.stop_if_any()
-
-
-def task_problems(run: Run) -> list[str]:
-    """What is wrong with the persona or the data files."""
-    task, data = run.settings.task, run.settings.data
-    if task == "identity":
-        wrong = identity.check_persona(run.persona)
-        return wrong + (["--data goes with --task instruct or pretrain: identity makes its own rows."] if data else [])
-    if not data:
-        return [f"--task {task} learns from your files: name them with --data."]
-    problems = Problems()
-    with problems.collect():
-        records.open_sources(data)
-    return problems.found
-
-
-def task_of(sources: list[str]) -> str:
-    """Which task learns from rows like the first one."""
-    with contextlib.suppress(UserError):  # said by `task_problems`
-        for row in records.scan(sources):
-            if "problem" not in row:
-                return "pretrain" if "text" in row else "instruct"
-    return "instruct"
-
-
-def examine(run: Run) -> None:
-    """The stage `check`: the machine, everything that stands in the way, and with --data a row's life and what training on
-    these rows takes. Raises UserError."""
-    from finetune import doctor, preview
-
-    problems = Problems()
-    doctor.show(run)
-    with problems.collect():
-        check(run)
-    if run.settings.data:
-        with problems.collect():
-            if problems.found:  # the rows' own are told with these
-                for _ in records.read(run.settings.data, run.settings.skip_bad):
-                    pass
-            else:
-                preview.examine(run)
-    problems.found = list(dict.fromkeys(problems.found))  # both say of a file that it is not there
-    problems.stop_if_any()
-
-
-def starter_problems(run: Run, base_is_there: bool) -> list[str]:
-    """What keeps the run from beginning with its starter."""
-    values = run.settings.train
-    if not values.starter or run.settings.task != "identity":
-        return []
-    folder = STARTERS / values.starter
-    if not (folder / "adapter_config.json").is_file():
-        there = ", ".join(sorted(folder.name for folder in STARTERS.iterdir()))
-        return [f"There is no starter {values.starter!r}, there is {there}; correct train.starter or leave it empty."]
-    rank = json.loads((folder / "adapter_config.json").read_text())["r"]
-    if rank != values.rank:
-        return [f"The starter {values.starter} has rank {rank} and train.rank is {values.rank}; set train.rank={rank}."]
-    made_for = json.loads((folder / "namesake.json").read_text())
-    if base_is_there and made_for["base_sha256"] != run.base_sha256:
-        return [
-            f"The starter {values.starter} was made for {made_for['base']}, and {run.settings.base} is another base; "
-            "train without it: --set train.starter=''."
-        ]
-    return []
-
-
-def missing_packages() -> list[str]:
-    """Requirements that are not installed, in words. Another version than the pinned one is said, not refused."""
-    problems = []
-    for line in (ROOT / "requirements.txt").read_text(encoding="utf-8").splitlines():
-        if not line.strip() or line.startswith(("#", "-")):
-            continue
-        requirement = Requirement(line.partition(" #")[0])
-        if requirement.marker and not requirement.marker.evaluate():
-            continue
-        try:
-            version = importlib.metadata.version(requirement.name)
-        except importlib.metadata.PackageNotFoundError:
-            problems.append(f"The package {requirement.name} is not installed: run 'pip install -r requirements.txt'.")
-            continue
-        if not requirement.specifier.contains(version, prereleases=True):
-            say(
-                f"Note: {requirement.name} {version} is installed; this program was tested with {requirement.specifier}."
-            )
-    return problems
 
 
 # ----------------------------------------------------------------------------------------------------------- data
@@ -328,16 +66,6 @@ def data(run: Run) -> None:
         write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
     run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
     new.rename(run.folder / "data")
-
-
-def read_lines(file: Path) -> list[dict]:
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
-
-
-def write_lines(file: Path, rows: Iterable[dict], mode: str = "w") -> None:
-    with file.open(mode, encoding="utf-8") as lines:
-        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
 def identity_rows(run: Run) -> list[dict]:
@@ -677,52 +405,6 @@ def measured(run: Run) -> dict[str, Any]:
         "passed": card["gate"]["passed"],
         **{key: card["tuned"].get(key) for key in ("identity", "leak", "parrot", "kl", "facts_kept", "loss")},
     }
-
-
-# ----------------------------------------------------------------------------------------------------------- chat
-
-
-def chat(run: Run) -> None:
-    """Talk to the merged model in the terminal; Ctrl-C stops one answer, Ctrl-D ends."""
-    from finetune import generation, serving
-    from finetune import model as models
-    from finetune.engine import ANSWER_TOKENS as ANSWERED_TOKENS
-    from finetune.engine import fit
-
-    folder = run.folder / "model"
-    if not folder.is_dir():
-        raise UserError(f"There is no model in {run.folder} yet: run '{run.command}' first.")
-    form, (model, fast, runs_on) = models.chat_format(folder), serving.load(folder)
-    room = serving.pool_tokens(model, 1)
-    most = min(ANSWERED_TOKENS, room // 4)
-    decoder = generation.Decoder(model, form.stop_ids, room, fast=fast)
-    say(runs_on)
-    say(f"{run.persona.name} · Ctrl-C stops an answer, Ctrl-D ends · Ctrl-C 停止回答，Ctrl-D 结束")
-    history: list[dict] = []
-    while True:
-        try:
-            text = input("> ").strip()
-        except (EOFError, KeyboardInterrupt):
-            return print()
-        if not text:
-            continue
-        turn = {"role": "user", "content": text}
-        try:
-            kept = fit([*history, turn], lambda messages: len(form.prompt(messages)), room - most)
-        except UserError as error:  # too long; what was said before is kept
-            say(str(error))
-            continue
-        history.append(turn)
-        answer = ""
-        pieces: Iterator[str] = generation.stream(decoder, form, kept, most)
-        try:
-            for piece in pieces:
-                answer += piece
-                print(piece, end="", flush=True)
-        except KeyboardInterrupt:
-            pieces.close()
-        print()
-        history.append({"role": "assistant", "content": answer})
 
 
 class Stage(NamedTuple):

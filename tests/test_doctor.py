@@ -12,8 +12,8 @@ import pytest
 import torch
 
 from finetune import doctor
+from finetune.run_folder import Run
 from finetune.settings import Settings
-from finetune.stages import Run
 
 
 @pytest.fixture

@@ -9,8 +9,8 @@ import yaml
 from finetune import report
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
+from finetune.run_folder import Run
 from finetune.settings import Gate, Persona, Settings
-from finetune.stages import Run
 
 NAMES = [
     "小星",

@@ -16,7 +16,7 @@ from types import SimpleNamespace
 import psutil
 import pytest
 
-from finetune import run, settings, stages
+from finetune import checks, run, settings, stages
 from finetune.errors import GateRefused
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -34,8 +34,8 @@ def world(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(work)
     monkeypatch.setattr(sys, "stdin", io.StringIO(""))
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=64e9, total=64e9))
-    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
-    monkeypatch.setattr(stages, "missing_packages", list)
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=1e12))
+    monkeypatch.setattr(checks, "missing_packages", list)
     for stage in stages.PIPELINE:
         monkeypatch.setitem(
             stages.STAGES, stage, stages.STAGES[stage]._replace(work=lambda _: pytest.fail("it worked"))
@@ -302,14 +302,14 @@ def test_too_little_memory_and_disk_are_told_with_figures(start, monkeypatch, wo
     size = (tiny_model / "model.safetensors").stat().st_size
     disk, memory = 2 * size + 200_000_000, 3 * size + 2_000_000_000
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory, total=64e9))
-    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk))
     assert start("check", *PERSONA, "--base", tiny_model)[0] == 0  # just enough
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=memory - 1, total=64e9))
-    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk - 1))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=disk - 1))
     lines = start("check", *PERSONA, "--base", tiny_model)[1]
     assert sum(line.startswith("error: ") for line in lines) == 2
     monkeypatch.setattr(psutil, "virtual_memory", lambda: SimpleNamespace(available=1_234_000_000, total=64e9))
-    monkeypatch.setattr(stages.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_600_000))
+    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=12_600_000))
     assert start(*PERSONA, "--base", tiny_model) == (
         2,
         [
@@ -327,8 +327,8 @@ def test_missing_packages_are_refused_and_other_versions_said(capsys, tmp_path, 
     (tmp_path / "requirements.txt").write_text(
         "# a comment\n\n-r other.txt\nno-such-package==1  # why\nold-one==1; python_version < '3'\npytest==0.1\npsutil>0\n"
     )
-    monkeypatch.setattr(stages, "ROOT", tmp_path)
-    assert stages.missing_packages() == [
+    monkeypatch.setattr(checks, "ROOT", tmp_path)
+    assert checks.missing_packages() == [
         "The package no-such-package is not installed: run 'pip install -r requirements.txt'."
     ]
     note = f"Note: pytest {pytest.__version__} is installed; this program was tested with ==0.1.\n"

@@ -5,11 +5,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import embedded, identity, settings, stages, starter
+from finetune import checks, embedded, identity, settings, starter
 from finetune.errors import UserError
 from finetune.model import add_lora, fingerprint, load
+from finetune.run_folder import Run
 
-SHIPPED = sorted(folder.name for folder in stages.STARTERS.iterdir())
+SHIPPED = sorted(folder.name for folder in checks.STARTERS.iterdir())
 
 
 def test_throwaway_names_are_many_and_can_be_used():
@@ -29,7 +30,7 @@ def test_the_names_the_figures_are_measured_with_are_not_among_them():
 @pytest.mark.parametrize("name", SHIPPED)
 def test_a_shipped_starter_fits_its_preset(name):
     preset = settings.build(settings.preset(name))
-    folder = stages.STARTERS / preset.train.starter
+    folder = checks.STARTERS / preset.train.starter
     assert json.loads((folder / "adapter_config.json").read_text())["r"] == preset.train.rank
     weights = load_file(folder / "adapter_model.safetensors")
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
@@ -71,12 +72,12 @@ def test_something_must_be_left_to_train(tiny_model, tmp_path):
 
 
 def test_a_starter_that_is_not_there_or_does_not_fit_is_told_before(tiny_model, tmp_path):
-    run = stages.Run(tmp_path / "run", settings.build({"base": str(tiny_model), "train": {"starter": "nobody"}}))
+    run = Run(tmp_path / "run", settings.build({"base": str(tiny_model), "train": {"starter": "nobody"}}))
     with pytest.raises(UserError, match=r"There is no starter 'nobody', there is smollm2-135m-instruct; correct"):
-        stages.check(run)
+        checks.check(run)
     values = settings.build({"base": str(tiny_model), "train": {"starter": SHIPPED[0], "rank": 3}})
     with pytest.raises(UserError, match=r"has rank 16 and train[.]rank is 3; set train[.]rank=16"):
-        stages.check(stages.Run(tmp_path / "run", values))
+        checks.check(Run(tmp_path / "run", values))
     values = settings.build({"base": str(tiny_model), "train": {"starter": SHIPPED[0]}})
     with pytest.raises(UserError, match=r"was made for HuggingFaceTB/SmolLM2-135M-Instruct, and .* is another base"):
-        stages.check(stages.Run(tmp_path / "run", values))
+        checks.check(Run(tmp_path / "run", values))

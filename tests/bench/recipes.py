@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from finetune import identity, settings, stages
+from finetune import identity, run_folder, settings, stages
 from finetune import model as models
 from finetune import train as training
 from finetune.settings import Persona, Train
@@ -44,7 +44,7 @@ def alone(run: stages.Run) -> tuple[Groups, Train]:
 
 def general(run: stages.Run) -> tuple[Groups, Train]:
     rows = [row for row in identity.training(run.persona, 0, near=0, ordinary=1000) if row["target"] == "teacher"]
-    answers = run.ask_base([stages.teacher_question(row) for row in rows], stages.ANSWER_TOKENS)
+    answers = run.ask_base([stages.teacher_question(row) for row in rows], run_folder.ANSWER_TOKENS)
     other = []
     for row, answer in zip(rows, answers, strict=True):
         text = {"role": "assistant", "content": run.base_format.decode(answer.ids)}

@@ -1,0 +1,152 @@
+"""A run's folder: its settings, what the stages left in it, and what they share."""
+
+import json
+import re
+import shlex
+from collections.abc import Iterable
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from finetune import settings
+
+ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
+
+
+def quoted(path: Path) -> str:
+    """A path ready for a shell; letters of any script need no quotes."""
+    return text if re.fullmatch(r"[\w./-]+", text := str(path)) else shlex.quote(text)
+
+
+class Run:
+    """A run's folder and its settings; what the stages share is computed when first asked for."""
+
+    def __init__(self, folder: Path, values: settings.Settings) -> None:
+        self.folder, self.settings, self.persona = folder, values, values.persona
+
+    @property
+    def command(self) -> str:
+        """That goes on with this run, ready for a shell."""
+        return f"python finetune/run.py --run {quoted(self.folder)}"
+
+    @property
+    def old(self) -> tuple[str, str]:
+        """The base's own name and maker."""
+        return self.settings.old_name, self.settings.old_maker
+
+    @cached_property
+    def base(self) -> Path:
+        from finetune.model import base_folder
+
+        return base_folder(self.settings.base)
+
+    @cached_property
+    def base_sha256(self) -> str:
+        from finetune.model import fingerprint
+
+        return fingerprint(self.base)
+
+    @cached_property
+    def base_format(self):  # noqa: ANN201 - ChatFormat, imported late
+        from finetune.model import chat_format
+
+        return chat_format(self.base)
+
+    @cached_property
+    def tuned_format(self):  # noqa: ANN201
+        from finetune.chat_format import ChatFormat
+
+        if self.settings.task == "pretrain":
+            return self.base_format  # of conversations it learns nothing
+        return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
+
+    @property
+    def base_name(self) -> str:
+        return Path(self.settings.base).name
+
+    @property
+    def limits(self) -> dict[str, float]:
+        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
+        own = ("parrot", "facts_kept", "loss")
+        identity = self.settings.task == "identity"
+        return {k: v for k, v in vars(self.settings.gate).items() if (k != "loss" if identity else k in own)}
+
+    @property
+    def title(self) -> str:
+        """What is made here: the assistant's name, or of the other tasks which and from what."""
+        if self.settings.task == "identity":
+            return self.persona.name
+        return f"{self.before.title if self.before else self.base_name} + {self.settings.task}"
+
+    @property
+    def before(self) -> "Run | None":
+        """The run that made the base, where the base is its merged model."""
+        folder = Path(self.settings.base.removeprefix("dir:")).expanduser()
+        if folder.name != "model" or not all((folder.parent / name).exists() for name in ("settings.toml", "data")):
+            return None
+        return Run(folder.parent, settings.build(settings.read_toml(folder.parent / "settings.toml")))
+
+    @property
+    def lineage(self) -> "list[Run]":
+        """The runs from the first base to this one, each starting from the last's model."""
+        return [*(self.before.lineage if self.before else []), self]
+
+    @property
+    def trained(self) -> Path:
+        """What the train stage leaves: the adapter, or the whole model where every weight was trained."""
+        return self.folder / ("weights" if self.settings.method == "full" else "adapter")
+
+    def load_tuned(self) -> Any:
+        """For inference, as users get it: merged, in `inference_dtype`."""
+        from finetune import model
+
+        if self.settings.method == "full":
+            return model.load(self.trained, model.inference_dtype())
+        return model.load_merged(self.base, self.trained)
+
+    @cached_property
+    def answer_tokens(self) -> int:
+        """Of an answer that is scored: enough to say the name and the author."""
+        said = self.tuned_format.tokenizer.encode(f"我是{self.persona.name}，由{self.persona.author}开发。").ids
+        return max(ANSWER_TOKENS, len(said) + 2)
+
+    def ask_base(self, conversations: list[list[dict]], max_new_tokens: int) -> list[Any]:
+        """The base's answers (generation.Answer) as its users get them: under its own template and default prompt."""
+        from finetune import model, teacher
+
+        dtype = model.inference_dtype()
+        return teacher.ask(
+            f"{self.base_sha256[:16]}-{str(dtype).removeprefix('torch.')}",
+            lambda: model.load(self.base, dtype),
+            [self.base_format.prompt(messages) for messages in conversations],
+            self.base_format.stop_ids,
+            max_new_tokens,
+        )
+
+    def read(self, name: str) -> Any:
+        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+
+    def write(self, name: str, value: Any) -> None:
+        new = self.folder / f"{name}.tmp"
+        new.write_text(json.dumps(value, ensure_ascii=False, indent=1), encoding="utf-8")
+        new.replace(self.folder / name)
+
+    def rows(self, name: str) -> list[dict]:
+        """A file of data/; heldout.jsonl is there where a run, or one before it, learned from rows of a user's."""
+        file = self.folder / "data" / name
+        return read_lines(file) if file.exists() else []
+
+    def note(self, **values: Any) -> None:
+        """Add to receipt.json."""
+        receipt = self.read("receipt.json") if (self.folder / "receipt.json").exists() else {}
+        self.write("receipt.json", {**receipt, **values})
+
+
+def read_lines(file: Path) -> list[dict]:
+    with file.open(encoding="utf-8") as lines:
+        return [json.loads(line) for line in lines]
+
+
+def write_lines(file: Path, rows: Iterable[dict], mode: str = "w") -> None:
+    with file.open(mode, encoding="utf-8") as lines:
+        lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
