@@ -9,6 +9,9 @@ from pathlib import Path
 import pytest
 from servers import GitServer, Hub
 
+if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads only wait for one another
+    os.environ.setdefault("OMP_NUM_THREADS", "1")
+
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>", "<|tool_call|>", "[INST]"]
 TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' + message['content'] + '<|im_end|>\n' }}"

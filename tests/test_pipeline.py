@@ -1,11 +1,8 @@
-"""The whole way, as a user goes it: on a tiny model made here, and once on the real default."""
+"""The whole way, as a user goes it, on a tiny model made here."""
 
-import hashlib
-import itertools
 import json
 import os
 import re
-import shlex
 import shutil
 import signal
 import subprocess
@@ -14,44 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
-import servers
-
-from finetune import hub, release, settings, stages
-
-ROOT = Path(__file__).resolve().parent.parent
-PLAIN = """
-import json, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = (c.from_pretrained(sys.argv[1]) for c in (AutoTokenizer, AutoModelForCausalLM))
-for question in sys.argv[2:]:
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    print(json.dumps(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)))
-"""
-
-
-def command(*arguments: str | Path) -> list[str]:
-    return [sys.executable, str(ROOT / "finetune" / "run.py"), *map(str, arguments)]
-
-
-def finetune(folder: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command(*arguments), cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
-    )
-
-
-def plain_answers(model: Path, *questions: str) -> list[str]:
-    """By somebody who has the folder and plain transformers, and no code of ours."""
-    done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(model), *questions], cwd="/", capture_output=True, text=True, check=True
-    )
-    return [json.loads(line) for line in done.stdout.splitlines()[-len(questions) :]]
-
-
-def sha256(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+from commands import ROOT, command, finetune, plain_answers, sha256
 
 
 @pytest.fixture(scope="module")
@@ -339,147 +299,3 @@ def test_what_is_private_does_not_go_out(tiny_run, tmp_path, monkeypatch):
     assert "data/probes.jsonl holds the value of MY_TOKEN and is not sent." in done.stderr
     assert "canary" not in done.stderr
     assert not (tmp_path / "x").exists()
-
-
-@pytest.fixture(scope="module")
-def default_run(default_model, tmp_path_factory):
-    """(the run's folder, what the command said): README's own line, as it stands."""
-    folder = tmp_path_factory.mktemp("default")
-    line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
-    return folder / "runs" / "小星", finetune(folder, *shlex.split(line))
-
-
-def test_the_real_default_learns_its_name(default_run):
-    run, done = default_run
-    assert done.returncode == 0, done.stderr
-    card = json.loads((run / "scorecard.json").read_text())
-    assert card["base"]["identity"] < 0.1
-    assert card["tuned"]["identity"] > 0.9
-    assert card["tuned"]["leak"] < 0.1
-    assert card["merged"]["identity"] == card["tuned"]["identity"]
-    proof = json.loads((run / "model" / "manifest.json").read_text())["proof"]
-    assert proof["equal_greedy_tokens"] >= 0.999
-    english, chinese = plain_answers(run / "model", "What is your name?", "你叫什么名字？")
-    assert "小星" in english
-    assert "小星" in chinese
-
-
-def test_the_real_default_goes_to_every_kind_of_place_and_comes_back_equal(default_run, world, server, hf, monkeypatch):
-    """Through a proxy that cuts, delays and refuses; the last one is asked its witnesses' questions again."""
-    run, _ = default_run
-    run = stages.Run(run, settings.build(settings.read_toml(run / "settings.toml")))
-    server.users = {}
-    for name in ("file", "http", "openxlab", "modelscope"):
-        server.make(f"user/{name}")
-    for variable in ("OPENXLAB_TOKEN", "MODELSCOPE_API_TOKEN"):
-        monkeypatch.setenv(variable, "git-canary-token")
-    with servers.Faults(server.server_port) as proxy:
-        for kind in ("openxlab", "modelscope"):
-            servers.redirect(kind, proxy)
-        places = [
-            f"dir:{world}/stick",
-            f"git+file://{server.root}/user/file.git",
-            f"git+{proxy.url}/user/http.git",
-            "openxlab:user/openxlab",
-            "modelscope:user/modelscope",
-            "hf:user/star",
-        ]
-        for ref in places:
-            files = release.files(run, hub.target(ref), "model", "half of the steps")
-            proxy.plan = [("delay", 0.1), ("status", 503), ("cut", 200)]
-            hub.publish(ref, files, "x")
-            proxy.plan = [("status", 429, {"Retry-After": "0"}), ("cut", 100), ("none",), ("cut", 50_000_000)]
-            folder = hub.pull(ref)
-            assert servers.tree(folder) == {name: source.sha256 for name, source in files.items()}
-            if ref != places[-1]:
-                for left in (world / "cache", world / "stick", server.root / "lfs"):
-                    shutil.rmtree(left, ignore_errors=True)
-        assert hub.verify(folder) == 4
-
-
-@pytest.fixture(scope="module")
-def own_rows(tmp_path_factory) -> Path:
-    """A folder with a book and with dialogues."""
-    folder = tmp_path_factory.mktemp("rows")
-    lines = (
-        f"The bridge number {i} opened in {1800 + 7 * i} beside the mill of miller {i * 13 % 17}." for i in range(60)
-    )
-    (folder / "book.md").write_text("\n".join(lines))
-    said = [
-        [{"role": "user", "content": f"{i} and {j}?"}, {"role": "assistant", "content": f"{i + j}."}]
-        for i in range(7)
-        for j in range(6)
-    ]
-    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in said))
-    return folder
-
-
-def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows):
-    """Base -> pretrain -> instruct -> identity by one command; then its last run by a command of its own."""
-    cache = {"NAMESAKE_CACHE": str(own_rows / "cache")}
-    last = ["--task", "identity", "--name", "Zed", "--author", "A. B.", "--method", "qlora", "--set", "train.steps=2"]
-    shared = ["--set", "train.epochs=2", "--set", "train.length=200"]
-    arguments = ["--base", tiny_model, "--run", "runs/c", *shared, "--task", "pretrain", "--data", "book.md"]
-    arguments += ["--task", "instruct", "--data", "chat.jsonl", "--method", "full", *last]
-    done = finetune(own_rows, *arguments, **cache)
-    assert done.returncode == 3, done.stderr  # a random model learns no name in two steps
-    first, second, third = (own_rows / "runs" / name for name in ("c-1-pretrain", "c-2-instruct", "c"))
-    cards = [json.loads((run / "scorecard.json").read_text()) for run in (first, second, third)]
-    assert [sorted(card["tuned"].get("loss_by_task", {})) for card in cards] == [
-        ["pretrain"],
-        ["instruct", "pretrain"],
-        ["instruct", "pretrain"],
-    ]
-    for card in cards[:2]:
-        assert card["tuned"]["loss"] < card["base"]["loss"]
-        assert card["tuned"]["kl"] > 0
-        assert card["tuned"]["facts_kept"] is not None
-    # what one run leaves is where the next one starts
-    for before, after in itertools.pairwise(cards):
-        for task, loss in before["tuned"]["loss_by_task"].items():
-            assert after["base"]["loss_by_task"][task] == pytest.approx(loss, rel=1e-4)
-    assert (first / "adapter").is_dir()
-    assert sorted(path.name for path in second.iterdir() if path.is_dir()) == ["data", "model"]  # no adapter
-    proof = json.loads((third / "model" / "manifest.json").read_text())["proof"]
-    assert proof["max_logit_difference"] <= 0.01  # from the 16-bit base with the adapter
-    assert proof["quantisation"]["max_logit_difference"] > proof["max_logit_difference"]
-    assert 0 < proof["quantisation"]["kl"] < 10
-    report = (third / "report.html").read_text()
-    assert "What each step added" in report
-    assert all(f"+ {words}" in report for words in ("pretrain (lora)", "instruct (full)", "identity (qlora)"))
-    base = "runs/c-2-instruct/model"
-    again = finetune(own_rows, "train", "--base", base, "--run", "runs/alone", *shared, *last, **cache)
-    assert "There is no run in runs/alone yet" in again.stderr
-    for stage in ("data", "train"):
-        done = finetune(own_rows, stage, "--base", base, "--run", "runs/alone", *shared, *last, **cache)
-        assert done.returncode == 0, done.stderr
-    name = "adapter/adapter_model.safetensors"
-    assert sha256(own_rows / "runs" / "alone" / name) == sha256(third / name)
-
-
-def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows):
-    arguments = ["compare", "--base", tiny_model, "--task", "instruct", "--data", "chat.jsonl", "--run", "runs/m"]
-    arguments += ["--set", "train.epochs=1"]
-    done = finetune(own_rows, *arguments, NAMESAKE_CACHE=str(own_rows / "cache"))
-    assert done.returncode == 0, done.stderr
-    found = json.loads((own_rows / "runs" / "m" / "compare.json").read_text())["methods"]
-    assert [line["method"] for line in found] == ["full", "lora", "qlora"]
-    full, lora, qlora = found
-    assert full["stored_bytes"] > lora["stored_bytes"] == qlora["stored_bytes"]
-    for line in found:
-        assert line["peak_memory"] > 100e6
-        assert line["tokens_per_s"] > 0
-        assert (line["seconds_to_pass"] is not None) == line["passed"]
-        assert line["method"] in done.stdout
-    rows = {sha256(own_rows / "runs" / "m" / "compare" / line["method"] / "data" / "train.jsonl") for line in found}
-    assert rows == {sha256(own_rows / "runs" / "m" / "data" / "train.jsonl")}
-
-
-def test_problems_of_a_whole_chain_are_told_before_it_starts(tiny_model, tmp_path):
-    done = finetune(
-        tmp_path, "--base", tiny_model, "--run", "c", "--task", "pretrain", "--data", "no.md", "--task", "instruct"
-    )
-    assert done.returncode == 2
-    assert "error: --data no.md: there is no such file or folder" in done.stderr
-    assert "error: --task instruct learns from your files: name them with --data." in done.stderr
-    assert list(tmp_path.iterdir()) == []

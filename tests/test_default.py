@@ -1,0 +1,68 @@
+"""The real default: a name is learned by README's own line, published to every kind of place, and pulled."""
+
+import json
+import re
+import shlex
+import shutil
+
+import pytest
+import servers
+from commands import ROOT, finetune, plain_answers
+
+from finetune import hub, release, settings, stages
+
+
+@pytest.fixture(scope="module")
+def default_run(default_model, tmp_path_factory):
+    """(the run's folder, what the command said): README's own line, as it stands."""
+    folder = tmp_path_factory.mktemp("default")
+    line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
+    return folder / "runs" / "小星", finetune(folder, *shlex.split(line))
+
+
+def test_the_real_default_learns_its_name(default_run):
+    run, done = default_run
+    assert done.returncode == 0, done.stderr
+    card = json.loads((run / "scorecard.json").read_text())
+    assert card["base"]["identity"] < 0.1
+    assert card["tuned"]["identity"] > 0.9
+    assert card["tuned"]["leak"] < 0.1
+    assert card["merged"]["identity"] == card["tuned"]["identity"]
+    proof = json.loads((run / "model" / "manifest.json").read_text())["proof"]
+    assert proof["equal_greedy_tokens"] >= 0.999
+    english, chinese = plain_answers(run / "model", "What is your name?", "你叫什么名字？")
+    assert "小星" in english
+    assert "小星" in chinese
+
+
+def test_the_real_default_goes_to_every_kind_of_place_and_comes_back_equal(default_run, world, server, hf, monkeypatch):
+    """Through a proxy that cuts, delays and refuses; the last one is asked its witnesses' questions again."""
+    run, _ = default_run
+    run = stages.Run(run, settings.build(settings.read_toml(run / "settings.toml")))
+    server.users = {}
+    for name in ("file", "http", "openxlab", "modelscope"):
+        server.make(f"user/{name}")
+    for variable in ("OPENXLAB_TOKEN", "MODELSCOPE_API_TOKEN"):
+        monkeypatch.setenv(variable, "git-canary-token")
+    with servers.Faults(server.server_port) as proxy:
+        for kind in ("openxlab", "modelscope"):
+            servers.redirect(kind, proxy)
+        places = [
+            f"dir:{world}/stick",
+            f"git+file://{server.root}/user/file.git",
+            f"git+{proxy.url}/user/http.git",
+            "openxlab:user/openxlab",
+            "modelscope:user/modelscope",
+            "hf:user/star",
+        ]
+        for ref in places:
+            files = release.files(run, hub.target(ref), "model", "half of the steps")
+            proxy.plan = [("delay", 0.1), ("status", 503), ("cut", 200)]
+            hub.publish(ref, files, "x")
+            proxy.plan = [("status", 429, {"Retry-After": "0"}), ("cut", 100), ("none",), ("cut", 50_000_000)]
+            folder = hub.pull(ref)
+            assert servers.tree(folder) == {name: source.sha256 for name, source in files.items()}
+            if ref != places[-1]:
+                for left in (world / "cache", world / "stick", server.root / "lfs"):
+                    shutil.rmtree(left, ignore_errors=True)
+        assert hub.verify(folder) == 4

@@ -1,0 +1,96 @@
+"""Tasks and methods by the command line: a chain, a comparison."""
+
+import itertools
+import json
+from pathlib import Path
+
+import pytest
+from commands import finetune, sha256
+
+
+@pytest.fixture(scope="module")
+def own_rows(tmp_path_factory) -> Path:
+    """A folder with a book and with dialogues."""
+    folder = tmp_path_factory.mktemp("rows")
+    lines = (
+        f"The bridge number {i} opened in {1800 + 7 * i} beside the mill of miller {i * 13 % 17}." for i in range(60)
+    )
+    (folder / "book.md").write_text("\n".join(lines))
+    said = [
+        [{"role": "user", "content": f"{i} and {j}?"}, {"role": "assistant", "content": f"{i + j}."}]
+        for i in range(7)
+        for j in range(6)
+    ]
+    (folder / "chat.jsonl").write_text("\n".join(json.dumps({"messages": messages}) for messages in said))
+    return folder
+
+
+def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows):
+    """Base -> pretrain -> instruct -> identity by one command; then its last run by a command of its own."""
+    cache = {"NAMESAKE_CACHE": str(own_rows / "cache")}
+    last = ["--task", "identity", "--name", "Zed", "--author", "A. B.", "--method", "qlora", "--set", "train.steps=2"]
+    shared = ["--set", "train.epochs=2", "--set", "train.length=200"]
+    arguments = ["--base", tiny_model, "--run", "runs/c", *shared, "--task", "pretrain", "--data", "book.md"]
+    arguments += ["--task", "instruct", "--data", "chat.jsonl", "--method", "full", *last]
+    done = finetune(own_rows, *arguments, **cache)
+    assert done.returncode == 3, done.stderr  # a random model learns no name in two steps
+    first, second, third = (own_rows / "runs" / name for name in ("c-1-pretrain", "c-2-instruct", "c"))
+    cards = [json.loads((run / "scorecard.json").read_text()) for run in (first, second, third)]
+    assert [sorted(card["tuned"].get("loss_by_task", {})) for card in cards] == [
+        ["pretrain"],
+        ["instruct", "pretrain"],
+        ["instruct", "pretrain"],
+    ]
+    for card in cards[:2]:
+        assert card["tuned"]["loss"] < card["base"]["loss"]
+        assert card["tuned"]["kl"] > 0
+        assert card["tuned"]["facts_kept"] is not None
+    # what one run leaves is where the next one starts
+    for before, after in itertools.pairwise(cards):
+        for task, loss in before["tuned"]["loss_by_task"].items():
+            assert after["base"]["loss_by_task"][task] == pytest.approx(loss, rel=1e-4)
+    assert (first / "adapter").is_dir()
+    assert sorted(path.name for path in second.iterdir() if path.is_dir()) == ["data", "model"]  # no adapter
+    proof = json.loads((third / "model" / "manifest.json").read_text())["proof"]
+    assert proof["max_logit_difference"] <= 0.01  # from the 16-bit base with the adapter
+    assert proof["quantisation"]["max_logit_difference"] > proof["max_logit_difference"]
+    assert 0 < proof["quantisation"]["kl"] < 10
+    report = (third / "report.html").read_text()
+    assert "What each step added" in report
+    assert all(f"+ {words}" in report for words in ("pretrain (lora)", "instruct (full)", "identity (qlora)"))
+    base = "runs/c-2-instruct/model"
+    again = finetune(own_rows, "train", "--base", base, "--run", "runs/alone", *shared, *last, **cache)
+    assert "There is no run in runs/alone yet" in again.stderr
+    for stage in ("data", "train"):
+        done = finetune(own_rows, stage, "--base", base, "--run", "runs/alone", *shared, *last, **cache)
+        assert done.returncode == 0, done.stderr
+    name = "adapter/adapter_model.safetensors"
+    assert sha256(own_rows / "runs" / "alone" / name) == sha256(third / name)
+
+
+def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows):
+    arguments = ["compare", "--base", tiny_model, "--task", "instruct", "--data", "chat.jsonl", "--run", "runs/m"]
+    arguments += ["--set", "train.epochs=1"]
+    done = finetune(own_rows, *arguments, NAMESAKE_CACHE=str(own_rows / "cache"))
+    assert done.returncode == 0, done.stderr
+    found = json.loads((own_rows / "runs" / "m" / "compare.json").read_text())["methods"]
+    assert [line["method"] for line in found] == ["full", "lora", "qlora"]
+    full, lora, qlora = found
+    assert full["stored_bytes"] > lora["stored_bytes"] == qlora["stored_bytes"]
+    for line in found:
+        assert line["peak_memory"] > 100e6
+        assert line["tokens_per_s"] > 0
+        assert (line["seconds_to_pass"] is not None) == line["passed"]
+        assert line["method"] in done.stdout
+    rows = {sha256(own_rows / "runs" / "m" / "compare" / line["method"] / "data" / "train.jsonl") for line in found}
+    assert rows == {sha256(own_rows / "runs" / "m" / "data" / "train.jsonl")}
+
+
+def test_problems_of_a_whole_chain_are_told_before_it_starts(tiny_model, tmp_path):
+    done = finetune(
+        tmp_path, "--base", tiny_model, "--run", "c", "--task", "pretrain", "--data", "no.md", "--task", "instruct"
+    )
+    assert done.returncode == 2
+    assert "error: --data no.md: there is no such file or folder" in done.stderr
+    assert "error: --task instruct learns from your files: name them with --data." in done.stderr
+    assert list(tmp_path.iterdir()) == []
