@@ -91,6 +91,7 @@ def identity_rows(run: Run) -> list[dict]:
 def train(run: Run) -> None:
     import torch
 
+    from finetune import checkpoint
     from finetune import model as models
     from finetune import train as training
 
@@ -128,9 +129,9 @@ def train(run: Run) -> None:
     base = models.origin(run.base, run.settings.base)["base_model"]
     record = {"base": base, "base_sha256": run.base_sha256, "format_hash": form.hash}
     if run.settings.method == "full":
-        training.save_full(model, form, run.trained)
+        checkpoint.save_full(model, form, run.trained)
     else:
-        training.save_adapter(model, record, run.trained)
+        checkpoint.save_adapter(model, record, run.trained)
     if not is_main():
         return
     shutil.rmtree(run.folder / "checkpoint", ignore_errors=True)

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 
-from finetune import identity, settings, stages
+from finetune import checkpoint, identity, settings, stages
 from finetune import model as models
 from finetune import train as training
 from finetune.embedded import say
@@ -113,7 +113,7 @@ def make(folder: Path, *changes: str) -> None:
         weight.data = average.to(torch.bfloat16)  # half the size; peft computes in float32 again
     base = models.origin(run.base, run.settings.base)["base_model"]
     record = {"base": base, "base_sha256": run.base_sha256, "format_hash": run.tuned_format.hash}
-    training.save_adapter(model, record, folder / "adapter")
+    checkpoint.save_adapter(model, record, folder / "adapter")
 
 
 if __name__ == "__main__":

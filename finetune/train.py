@@ -9,7 +9,6 @@ import contextlib
 import copy
 import json
 import random
-import shutil
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
@@ -17,21 +16,19 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
-from accelerate import Accelerator, PartialState
+from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
 from peft import PeftModel
-from safetensors import safe_open
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor, distribute_tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
-from finetune.chat_format import ChatFormat
+from finetune.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.generation import Answer
-from finetune.model import free_memory, has_fast_bf16, save
+from finetune.model import free_memory, has_fast_bf16
 from finetune.packing import pack, packed_attention, varlen_attn
 from finetune.settings import Train
 
@@ -43,7 +40,7 @@ MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
 # that compiled ones save, and the seconds that it takes to compile.
 MEASURED, COMPILE_GAIN, COMPILE_SECONDS = 3, 0.3, 90
 LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss
-STATE, BEST = "state.safetensors", "best.safetensors"  # in the folder checkpoint/
+BEST = "best.safetensors"  # in the folder checkpoint/
 
 
 class Example(NamedTuple):
@@ -363,80 +360,3 @@ def schedule(step: int, steps: int) -> float:
     """Share of the learning rate: a linear warm-up over the first 5 % of the steps, then linearly down to zero."""
     warmup = max(1, steps // 20)
     return min(step / warmup, (steps - step + 1) / max(1, steps - warmup + 1))
-
-
-def save_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
-    tensors = {f"weight.{name}": whole(weight) for name, weight in weights.items()}
-    for name, weight in weights.items():
-        for key, value in optimizer.state[weight].items():
-            if key != "step":
-                tensors[f"{key}.{name}"] = whole(value).clone() if key.startswith("qmap") else whole(value)  # shared
-    save_whole(tensors, folder / STATE, step=str(step))
-
-
-def save_whole(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
-    if PartialState().is_main_process:
-        file.parent.mkdir(exist_ok=True)
-        new = file.with_suffix(".tmp")
-        save_file(tensors, new, metadata=metadata)
-        new.replace(file)
-
-
-def whole(tensor: Tensor) -> Tensor:
-    """Of FSDP's processes each holds a part; all must call this."""
-    tensor = tensor.detach()
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-
-
-def part_of(tensor: Tensor, like: Tensor) -> Tensor:
-    """The other way round: of a whole tensor what this process holds."""
-    if not isinstance(like, DTensor):
-        return tensor.to(like.device)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
-
-
-def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Restore the last checkpoint, if there is one. Returns the number of steps done."""
-    file = folder / STATE
-    if not file.exists():
-        return 0
-    with safe_open(file, "pt") as saved, torch.no_grad():
-        step = int(saved.metadata()["step"])
-        adamw = isinstance(optimizer.optimizer, torch.optim.AdamW)
-        for weight in weights.values():
-            optimizer.state[weight] = {"step": torch.tensor(float(step)) if adamw else step}
-        for key in saved.keys():  # noqa: SIM118 - safetensors has no other way
-            kind, _, name = key.partition(".")
-            value = saved.get_tensor(key)
-            if kind == "weight":
-                weights[name].copy_(part_of(value, weights[name]))
-            else:
-                same = value.shape == weights[name].shape
-                optimizer.state[weights[name]][kind] = (
-                    part_of(value, weights[name]) if same else value.to(weights[name].device)
-                )
-    return step
-
-
-def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:
-    """The adapter in PEFT's format with our record of base and prompt format beside it; there as a whole or not at all."""
-    weights = {name: whole(weight) for name, weight in model.named_parameters() if "lora_" in name}
-    if PartialState().is_main_process:
-        for config in model.peft_config.values():
-            config.base_model_name_or_path = record["base"]  # not this machine's path
-        new = folder.with_suffix(".tmp")
-        shutil.rmtree(new, ignore_errors=True)
-        # "auto" looks for the base's config, on a hub too
-        model.save_pretrained(new, state_dict=weights, save_embedding_layers=False)
-        (new / "namesake.json").write_text(json.dumps(record, indent=1))
-        new.rename(folder)
-
-
-def save_full(model: PreTrainedModel, form: ChatFormat, folder: Path) -> None:
-    """After full finetuning: an ordinary model folder; there as a whole or not at all."""
-    weights = {name: whole(weight) for name, weight in model.named_parameters()}
-    if PartialState().is_main_process:
-        new = folder.with_suffix(".tmp")
-        shutil.rmtree(new, ignore_errors=True)
-        save(model, form, new, weights=weights)
-        new.rename(folder)

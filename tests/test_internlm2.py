@@ -663,7 +663,7 @@ def test_an_adapter_of_xtuners_is_read(internlm2_folder, internlm2_as_llama, tmp
 @pytest.fixture
 def ours(internlm2_as_llama, tmp_path) -> Path:
     """An adapter as a run leaves it, where q, k and v have an A each; strong."""
-    from finetune.train import save_adapter
+    from finetune.checkpoint import save_adapter
 
     torch.manual_seed(1)
     tuned = model.add_lora(AutoModelForCausalLM.from_pretrained(internlm2_as_llama), 4)

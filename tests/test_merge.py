@@ -11,9 +11,9 @@ from transformers import AutoModelForCausalLM
 
 from finetune import merge as merging
 from finetune.chat_format import ChatFormat
+from finetune.checkpoint import save_adapter
 from finetune.errors import UserError
 from finetune.model import add_lora, chat_format, fingerprint, load, save
-from finetune.train import save_adapter
 
 RANK = 2
 CONVERSATIONS = [

@@ -14,6 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from finetune import checkpoint
 from finetune import train as training
 from finetune.generation import Answer, complete
 from finetune.model import add_lora, chat_format, load, load_for_training
@@ -196,7 +197,7 @@ def work(base: Path, folder: Path, settings: Train = SETTINGS, kill: tuple[str, 
     groups = [(rows, settings.identity_rows), (pulled[:3], settings.near_rows), (pulled[3:], settings.ordinary_rows)]
     for _ in training.train(network, batches(groups, settings.steps, 0), settings, folder, behaviour):
         pass
-    training.save_adapter(network, {"base": "b"}, folder / "adapter")
+    checkpoint.save_adapter(network, {"base": "b"}, folder / "adapter")
 
 
 def behaviour(network) -> dict:
@@ -206,7 +207,8 @@ def behaviour(network) -> dict:
 
 
 def _die_at(name: str, count: int) -> None:
-    own, calls = getattr(training, name), 0
+    module = training if hasattr(training, name) else checkpoint
+    own, calls = getattr(module, name), 0
 
     def dying(*args, **kwargs):
         nonlocal calls
@@ -218,7 +220,7 @@ def _die_at(name: str, count: int) -> None:
             os.truncate(args[1], Path(args[1]).stat().st_size // 2)
         return os.kill(os.getpid(), signal.SIGKILL)
 
-    setattr(training, name, dying)
+    setattr(module, name, dying)
 
 
 def start(*args) -> int:
@@ -345,9 +347,9 @@ def test_kl_pulls_towards_the_base(tiny_model, tmp_path, uninterrupted):
 def test_an_adapter_is_there_as_a_whole_or_not_at_all(tiny_model, tmp_path):
     network = add_lora(load(tiny_model), 1)
     with pytest.raises(TypeError):
-        training.save_adapter(network, {"base": "b", "not JSON": object()}, tmp_path / "adapter")
+        checkpoint.save_adapter(network, {"base": "b", "not JSON": object()}, tmp_path / "adapter")
     assert not (tmp_path / "adapter").exists()
-    training.save_adapter(network, {"base": "b"}, tmp_path / "adapter")
+    checkpoint.save_adapter(network, {"base": "b"}, tmp_path / "adapter")
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
     assert json.loads((tmp_path / "adapter" / "namesake.json").read_text()) == {"base": "b"}
 
@@ -409,9 +411,9 @@ def work_by(method: str, base: Path, folder: Path, steps: int) -> None:
         if step == steps:
             return
     if method == "full":
-        training.save_full(network, chat_format(base), folder / "weights")
+        checkpoint.save_full(network, chat_format(base), folder / "weights")
     else:
-        training.save_adapter(network, {"base": "b"}, folder / "adapter")
+        checkpoint.save_adapter(network, {"base": "b"}, folder / "adapter")
 
 
 def saved(folder: Path) -> dict[str, torch.Tensor]:

@@ -22,7 +22,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import torch
 
-from finetune import identity, run_folder, settings, stages
+from finetune import checkpoint, identity, run_folder, settings, stages
 from finetune import model as models
 from finetune import train as training
 from finetune.settings import Persona, Train
@@ -67,7 +67,7 @@ def theirs(run: stages.Run, recipe: Callable[[stages.Run], tuple[Groups, Train]]
     for _ in training.train(model, training.batches(groups, values.steps, 0), values, run.folder):
         pass
     record = {"base": "base", "base_sha256": run.base_sha256, "format_hash": run.tuned_format.hash}
-    training.save_adapter(model, record, run.folder / "adapter")
+    checkpoint.save_adapter(model, record, run.folder / "adapter")
 
 
 def measure(name: str, persona: Persona, folder: Path, small: bool) -> dict[str, Any]:
