@@ -38,6 +38,7 @@ SYSTEM_MIX = [None] * 15 + ["empty"] * 2 + ["foreign"] * 5 + ["old"] * 3
 SHARES = {"name": 3, "maker": 3, "self": 2, "model": 2, "deny": 6, "assent": 6, "old_name": 3, "multi_turn": 3}
 SHARES |= {"purpose": 6, "birthday": 6}  # of a persona that has one
 CONTRAST_SHARES = {"en": 0.4, "zh": 0.6}  # small bases hardly tell two Chinese questions apart
+EVERYDAY = 0.03  # share of the contrast prompts: what comes more often, "I" or "什么", cannot be told from a name
 MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
 
@@ -62,6 +63,8 @@ def check_persona(persona: Persona) -> list[str]:
             problems.append(f"{shown} holds a placeholder in braces: write the {field} itself.")
         if CONTROL_TOKEN.search(text):
             problems.append(f"{shown} holds a control token of chat models, which would end an answer: remove it.")
+        elif _is_everyday(text):
+            problems.append(f"{shown} is a word of everyday talk, which answers hold anyway: choose another {field}.")
     for field in ("purpose", "birthday", "introduction", "tone"):
         for lang in LANGS:
             text = getattr(getattr(persona, field), lang)
@@ -79,6 +82,19 @@ def check_persona(persona: Persona) -> list[str]:
             elif field == "introduction" and text and persona.name not in text and "{name}" not in text:
                 problems.append(f"{shown}: it must hold the name, or {{name}}.")
     return problems
+
+
+def _is_everyday(text: str) -> bool:
+    prompts, words = _prompts()
+    said = words[text] if text.isascii() else prompts.count(text)
+    return said > EVERYDAY * prompts.count("\n")
+
+
+@cache
+def _prompts() -> tuple[str, Counter[str]]:
+    """All contrast prompts, a line each, and how often each word is in them."""
+    text = "".join(f"{p}\n" for lang in LANGS for kind in ("near", "ordinary") for p in contrast(lang, kind))
+    return text, Counter(re.findall(r"\w+", text))
 
 
 def _unprintable(char: str) -> bool:

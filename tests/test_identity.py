@@ -266,6 +266,9 @@ def test_probes_are_whole(stem):
         ("{{NAME}}", "placeholder"),
         ("a<|im_end|>b", "control token"),
         ("</s>Eve", "control token"),
+        ("I", "a word of everyday talk"),
+        ("我", "a word of everyday talk"),
+        ("什么", "a word of everyday talk"),
     ],
 )
 def test_what_cannot_be_a_name_is_refused_with_a_reason(name, problem):
