@@ -331,6 +331,9 @@ class HubHandler(Handler):
         if path == "/api/repos/create":
             made = json.loads(self.body())
             repo = f"{made.get('organization') or 'user'}/{made['name']}"
+            if made.get("type") == "space":
+                assert made["sdk"] == "gradio"
+                repo = f"spaces/{repo}"
             if repo in hub.commits:
                 return self.answer({"url": f"{hub.url}/{repo}"}, 409)
             hub.commit(repo, {})
@@ -340,7 +343,9 @@ class HubHandler(Handler):
             return self.answer({"errors": [], "warnings": []})
         if path.endswith("/info/lfs/objects/batch"):
             return self.lfs_batch()
-        repo = "/".join(parts[2:4]) if parts[0] == "api" else "/".join(parts[:2])
+        space = "spaces/" if "spaces" in parts[:2] else ""
+        parts = parts[1:] if parts[0] == "spaces" else parts
+        repo = space + "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         if repo not in hub.commits:
             self.body()
             return self.answer(b"{}", 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")
