@@ -21,7 +21,7 @@ ANSWER_TOKENS = 512  # at most, where nobody asks for more or less, and at most 
 WAITING = 128  # conversations that wait for the decoder; who comes then is told to come back
 CHARACTERS = 32  # in a message, for each token of the context: hardly a token has as many
 HEARTBEAT = 0.5  # seconds after which who waits hears something
-RETRY = 15  # seconds until a source that did not answer is asked again
+RETRY = 10  # seconds until a source that did not answer is asked again
 
 
 class Busy(UserError):

@@ -81,7 +81,9 @@ def target(to: str) -> Target:
             )
         return Target(kind, f"git+{rest.removeprefix('git+')}")
     if colon and kind in SPACES:
-        return Target(kind, f"{kind}:{SPACES[kind]}{rest.removeprefix(SPACES[kind])}")
+        name = rest.removeprefix(SPACES[kind])
+        places.parse(f"{kind}:{name}")
+        return Target(kind, f"{kind}:{SPACES[kind]}{name}")
     place = hub.target(to)
     if place.kind not in ("git", "dir"):
         raise UserError(
@@ -381,14 +383,14 @@ def deploy(to: str, run: Run | None, model: str | None, why: str, dry_run: bool)
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(source.data)
         weights = look(folder, home, refs)
-        for problem in weights.refused:
-            say(f"Note: {problem}")
         if not weights.parameters and not why.strip():
             raise UserError(
                 *weights.refused,
                 "No source of the weights answers somebody without a token: make one public; or, to give the space a token, deploy "
                 'with --force "private".',
             )
+        for problem in weights.refused:
+            say(f"Note: {problem}")
         if dry_run:
             _, send, remove, _ = hub.changes(going.ref, made)
             print("\n".join([*hub.listed(send, remove), "", *form(going, title, refs, weights)]))
