@@ -40,7 +40,7 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
         base,
         dtype=dtype,
         quantization_config=quantized,
-        device_map={"": 0},
+        device_map={"": models.device()},
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,

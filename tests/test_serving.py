@@ -1,10 +1,11 @@
+import importlib
 import re
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-from finetune import model, serving
+from finetune import generation, model, serving
 
 
 def test_what_a_cpu_decodes_with_is_said(tiny_model, monkeypatch, tmp_path):
@@ -27,6 +28,39 @@ def test_a_gpu_that_torch_cannot_use_is_said(tiny_model, monkeypatch, tmp_path):
         f"There is an NVIDIA GPU with driver 535.129.03, and torch {torch.__version__} cannot use it: it {built}. Update "
         "the driver, or install a torch whose CUDA is not newer than the driver's (nvidia-smi says which)."
     )
+
+
+@pytest.mark.parametrize(
+    ("ampere", "free", "dtype", "words"),
+    [
+        (True, 16e9, torch.bfloat16, "A card, bfloat16 weights."),
+        (False, 16e9, torch.float16, "A card, float16 weights."),
+        (
+            True,
+            90_000,
+            torch.bfloat16,
+            "A card, 4-bit weights: 0.0 GB of weights do not fit into 0.0 GB with what they need",
+        ),
+    ],
+)
+def test_a_card_decides_how_weights_are_kept(tiny_model, monkeypatch, ampere, free, dtype, words):
+    """There is no card here: what it says of itself is made up, and the weights, 4-bit ones too, are real and answer."""
+    importlib.import_module("bitsandbytes")  # which would look for its CUDA kernels
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(24e9)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(model, "device", lambda: torch.device("cpu"))
+    loaded = serving.load(tiny_model)
+    assert loaded.words.startswith(words)
+    layer = loaded.model.model.layers[0].mlp.up_proj
+    assert (type(layer).__name__ == "Linear4bit") == ("4-bit" in words)
+    assert loaded.model.dtype == dtype
+    decoder = generation.Decoder(loaded.model, [0], 256, fast=loaded.fast)
+    row = decoder.add([5, 6, 7], 4)
+    while decoder.rows or decoder.waiting:
+        decoder.step()
+    assert len(row.ids) == 4
 
 
 @pytest.mark.parametrize(
