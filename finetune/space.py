@@ -32,6 +32,7 @@ from finetune.transfer import Source
 
 ROOT = Path(__file__).resolve().parent.parent
 NOT_SERVING = {"pyarrow", "openxlab", "tomli"}  # requirements of training and publishing alone
+DATA = ("finetune/presets/*.toml", "assets/page/*")  # that the modules read
 REPLACED = {"README.md", "LICENSE", ".gitattributes", "app.py"}  # what a platform puts into a new repository
 PORT = 7860
 PORT_SECONDS, READY_SECONDS = 120, 900  # that a rehearsal waits, for the page and for the model
@@ -149,7 +150,7 @@ def requirements() -> str:
 
 def files(title: str, refs: list[str], platform: str) -> dict[str, Source]:
     """The repository's files by their names."""
-    data = [file.relative_to(ROOT).as_posix() for file in (ROOT / "finetune" / "presets").iterdir()]
+    data = [f.relative_to(ROOT).as_posix() for glob in DATA for f in sorted(ROOT.glob(glob))]
     names = [*modules(), "finetune/__init__.py", *data, "LICENSE", "packages.txt"]
     texts = {name: (ROOT / name).read_bytes() for name in names}
     texts["requirements.txt"] = requirements().encode()

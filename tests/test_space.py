@@ -63,7 +63,16 @@ def test_it_carries_what_it_imports_and_no_training(tmp_path):
 
 def test_no_weights_and_all_small(tmp_path):
     folder = built(tmp_path / "space", "hf:user/x")
-    assert {f.suffix for f in folder.rglob("*") if f.is_file()} == {".py", ".toml", ".txt", ".md", ".json", ""}
+    assert {f.suffix for f in folder.rglob("*") if f.is_file()} <= {
+        ".py",
+        ".toml",
+        ".txt",
+        ".md",
+        ".json",
+        ".css",
+        ".js",
+        "",
+    }
     assert sum(f.stat().st_size for f in folder.rglob("*") if f.is_file()) < 1_000_000
     assert (folder / "LICENSE").read_bytes() == (ROOT / "LICENSE").read_bytes()
 
