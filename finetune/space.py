@@ -26,7 +26,7 @@ import yaml
 from finetune import hub, places, transfer
 from finetune.embedded import say
 from finetune.errors import UserError
-from finetune.places import MANIFEST, SPACES, Place
+from finetune.places import MANIFEST, SPACES
 from finetune.run_folder import Run
 from finetune.transfer import Source
 
@@ -93,30 +93,32 @@ def target(to: str) -> Target:
     return Target(place.kind, to)
 
 
-def published(run: Run, platform: str) -> list[str]:
-    """Where the run's model was published, the platform's own hub first. Raises UserError where a space cannot fetch it."""
+def published(run: Run) -> list[str]:
+    """Where the run's model was published. Raises UserError where it was not."""
     receipt = run.folder / "receipt.json"
     sent = json.loads(receipt.read_text(encoding="utf-8")).get("published", {}) if receipt.is_file() else {}
-    refs = [ref for ref, how in sent.items() if how["what"] in ("model", "both")]
-    local = {ref for ref in refs if not _is_remote(hub.target(ref))}
-    if platform == "dir":
-        refs = [
-            f"dir:{Path(hub.target(r).name).expanduser().absolute()}" if hub.target(r).kind == "dir" else r
-            for r in refs
-        ]
-    else:
-        refs = [ref for ref in refs if ref not in local]
-    if not refs:
-        where = f" but to {', '.join(sorted(local))}, which no space can reach" if local else ""
+    if refs := [ref for ref, how in sent.items() if how["what"] in ("model", "both")]:
+        return refs
+    raise UserError(
+        f"The model of {run.folder} was not published yet: run '{run.command.replace('run.py', 'run.py publish', 1)} --to "
+        "hf:user/name' first (or openxlab: modelscope: git+https://...), or say where it is with --model REF."
+    )
+
+
+def reachable(refs: list[str], platform: str) -> list[str]:
+    """Those references that a space can fetch, its platform's own hub first. Raises UserError where there is none."""
+    found = []
+    for ref in refs:
+        place = hub.target(ref)
+        if place.kind == "dir" and platform == "dir":
+            found.append(f"dir:{Path(place.name).expanduser().absolute()}")
+        elif platform == "dir" or not (place.kind == "dir" or urlsplit(place.name).scheme in ("file", "ssh")):
+            found.append(ref)
+    if not found:
         raise UserError(
-            f"The model of {run.folder} was not published yet{where}: run '{run.command.replace('run.py', 'run.py publish')} --to "
-            "hf:user/name' first (or openxlab: modelscope: git+https://...), or say where it is with --model REF."
+            f"No space can reach {', '.join(refs)}: publish the model to a hub (hf: openxlab: modelscope: git+https://...) as well."
         )
-    return sorted(refs, key=lambda ref: not ref.startswith(f"{platform}:"))
-
-
-def _is_remote(place: Place) -> bool:
-    return place.kind != "dir" and not (place.kind == "git" and urlsplit(place.name).scheme in ("file", "ssh"))
+    return sorted(found, key=lambda ref: hub.target(ref).kind != platform)
 
 
 def modules() -> list[str]:
@@ -170,8 +172,8 @@ def files(title: str, refs: list[str], platform: str) -> dict[str, Source]:
 def front_matter(title: str, refs: list[str], platform: str) -> dict[str, Any]:
     """What the platform reads at the top of README.md; Hugging Face's, which others show or ignore, but on ModelScope."""
     kind = "modelscope" if platform == "modelscope" else "hf"
-    named = [places.parse(ref) for ref in refs if ref.startswith(f"{kind}:")]
-    models = {"models": [place.ref.partition(":")[2].partition("@")[0] for place in named]} if named else {}
+    named = [ref.removeprefix(f"{kind}:").partition("@")[0] for ref in refs if hub.target(ref).kind == kind]
+    models = {"models": named} if named else {}
     if kind == "modelscope":
         return {
             "title": title,
@@ -283,6 +285,8 @@ def rehearse(folder: Path, home: Path, model: Path | None) -> str:
                 raise UserError(f"The rehearsal failed, nothing was pushed: {found['message']}")
             seen += f", and answers after {time.monotonic() - began:.0f} s: {_answer(session, url)}"
         return seen
+    except requests.RequestException as error:
+        raise UserError(f"The rehearsal failed, nothing was pushed: the page broke off ({error}).") from error
     finally:
         process.terminate()
         try:
@@ -328,7 +332,7 @@ def form(to: Target, title: str, refs: list[str], weights: Weights) -> list[str]
         "openxlab": [
             ("创建 create", "https://openxlab.org.cn/apps → 创建应用 create → Gradio"),
             ("应用名称 name", name),
-            ("GitHub 仓库地址 repository", place.name),
+            ("GitHub 仓库地址 repository", re.sub("^ssh://(?:[^@/]*@)?", "https://", place.name)),
             ("镜像 image", image),
             ("启动文件 start file", "app.py"),
         ],
@@ -342,17 +346,15 @@ def form(to: Target, title: str, refs: list[str], weights: Weights) -> list[str]
             ("镜像 image", "Python 3.10 or newer 或更新"),
         ],
     }.get(to.platform, [("启动 start", "pip install -r requirements.txt && python app.py")])
-    tokens = [TOKENS[kind] for kind in TOKENS if any(ref.startswith(f"{kind}:") for ref in refs)]
+    kinds = {hub.target(ref).kind for ref in refs}
     needed = (
-        "needed: no source is public 必填：来源均不公开"
-        if not weights.parameters
-        else "for private weights 权重不公开时"
+        "for private weights 权重不公开时" if weights.parameters else "needed: no source is public 必填：来源均不公开"
     )
     mirror = os.environ.get("HF_ENDPOINT") or "a mirror's address, if need be 需要时填镜像地址"
     variables = {
-        **dict.fromkeys(tokens, needed),
-        **({"HF_ENDPOINT": mirror} if any(ref.startswith("hf:") for ref in refs) else {}),
-        "MODEL": "not needed 无需填写; other sources than 可改换来源：" + ",".join(refs),
+        **{names: needed for kind, names in TOKENS.items() if kind in kinds},
+        **({"HF_ENDPOINT": mirror} if "hf" in kinds else {}),
+        "MODEL": f"not needed 无需填写; sources in order 来源依次为 {','.join(refs)}",
         "API_KEY": "opens /v1 to who has it 需要 API 时",
         "GRADIO_ROOT_PATH": "https:// and the page's host, only if it stays blank behind a proxy 仅当页面空白时",
     }
@@ -373,7 +375,8 @@ def deploy(to: str, run: Run | None, model: str | None, why: str, dry_run: bool)
     it. The form's lines go to standard output; returns the place's revision. `why`: although no source is public. Raises
     UserError."""
     going = target(to)
-    refs = [ref.strip() for ref in model.split(",")] if model else published(run, going.platform)
+    refs = [ref.strip() for ref in model.split(",")] if model else published(run)
+    refs = reachable(refs, going.platform)
     title = run.title if run else refs[0].rpartition("/")[2].partition("@")[0]
     made = files(title, refs, going.platform)
     _spare(going.ref, made)

@@ -161,23 +161,20 @@ def a_run(folder: Path, **published: str) -> Run:
 def test_a_run_that_was_not_published_is_refused(tmp_path):
     for n, sent in enumerate([{}, {"hf:user/adapter": "adapter"}]):
         with pytest.raises(UserError) as caught:
-            space.published(a_run(tmp_path / f"{n}", **sent), "hf")
+            space.published(a_run(tmp_path / f"{n}", **sent))
         assert f"run 'python finetune/run.py publish --run {tmp_path}/{n} --to hf:user/name' first" in str(caught.value)
-        assert "was not published yet: run" in str(caught.value)
+    assert space.published(a_run(tmp_path / "x", **{"hf:user/x": "both", "hf:user/y": "adapter"})) == ["hf:user/x"]
 
 
-def test_a_space_cannot_reach_a_users_disk_but_a_folder_can(tmp_path):
-    local = {f"dir:{tmp_path}/usb": "model", f"git+file://{tmp_path}/x.git": "both"}
-    with pytest.raises(UserError, match=f"was not published yet but to dir:{tmp_path}/usb, git"):
-        space.published(a_run(tmp_path / "a", **local), "openxlab")
-    more = a_run(tmp_path / "b", **local, **{"hf:user/x": "model", "openxlab:user/x": "both"})
-    assert space.published(more, "openxlab") == ["openxlab:user/x", "hf:user/x"]  # its own hub first
-    assert space.published(more, "dir") == [
-        f"dir:{tmp_path}/usb",
-        f"git+file://{tmp_path}/x.git",
-        "hf:user/x",
-        "openxlab:user/x",
-    ]
+def test_a_space_cannot_reach_a_users_disk_but_a_folder_can(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    local = ["dir:usb", f"git+file://{tmp_path}/x.git", "git+ssh://git@example.com/user/x.git"]
+    with pytest.raises(UserError, match=r"^No space can reach dir:usb, git\+file://.*: publish the model to a hub"):
+        space.reachable(local, "openxlab")
+    more = [*local, "user/x", "openxlab:user/x"]
+    assert space.reachable(more, "openxlab") == ["openxlab:user/x", "user/x"]  # its own hub first
+    assert space.reachable(more, "hf") == ["user/x", "openxlab:user/x"]
+    assert space.reachable(more, "dir") == [f"dir:{tmp_path}/usb", *more[1:]]
 
 
 # ------------------------------------------------------------------------------------------- look, rehearse, push, the form
