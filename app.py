@@ -27,7 +27,7 @@ from typing import Any
 
 from finetune.embedded import NAME as DEFAULT_MODEL
 from finetune.embedded import say
-from finetune.engine import WAITS, Engine, Request, pieces
+from finetune.engine import Engine, Request, pieces
 from finetune.errors import UserError
 
 CHINESE = {
@@ -37,7 +37,7 @@ CHINESE = {
     "Asking the engine": "正在连接推理服务",
     "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
     "The model could not be loaded": "模型加载失败",
-    WAITS: "暂无来源响应，正在重试",
+    "No source answers; trying again": "暂无来源响应，正在重试",
     "Type a message": "输入消息",
     "Ask me something, or begin with one of these:": "想聊点什么？也可以从这里开始：",
 }

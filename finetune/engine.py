@@ -50,8 +50,6 @@ class Piece(NamedTuple):
     cached_tokens: int = 0  # of the prompt's: not computed anew
 
 
-WAITS = "No source answers; trying again"
-
 Listener = Callable[[Piece], object]  # called in the decoder's thread
 
 
@@ -104,7 +102,7 @@ class Engine:
                 adapter = hub.pull(self.adapter) if self.adapter else None
                 break
             except Unreachable as error:  # a space starts by itself, and nobody is there to start it again
-                self.message, self.progress = f"{WAITS}\n{error}", ""
+                self.message, self.progress = f"No source answers; trying again\n{error}", ""
                 say(f"Note: {error} Trying again in {RETRY} s.")
                 time.sleep(RETRY)
         self.message = "Loading the model"
