@@ -2,10 +2,12 @@ import importlib
 import re
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
 from finetune import generation, model, serving
+from finetune.errors import UserError
 
 
 def test_what_a_cpu_decodes_with_is_said(tiny_model, monkeypatch, tmp_path):
@@ -74,6 +76,15 @@ def test_a_card_decides_how_weights_are_kept(tiny_model, monkeypatch, ampere, fr
 def test_the_pool_is_as_large_as_memory_allows(tiny_model, monkeypatch, free, rows, expected):
     monkeypatch.setattr(serving.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free)))
     assert serving.pool_tokens(model.load(tiny_model), rows) == expected
+
+
+def test_a_containers_limit_is_told_before_the_weights_are_read(tiny_model, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(serving, "MEMORY_LIMITS", [tmp_path / "memory.max", tmp_path / "not there"])
+    assert serving.free_memory() > 100_000_000
+    (tmp_path / "memory.max").write_text(f"{psutil.Process().memory_info().rss}\n")
+    with pytest.raises(UserError, match=r"need 0\.0 GB of memory here and -?0\.\d GB is free: choose larger hardware"):
+        serving.load(tiny_model)
 
 
 def test_bytes_of_the_weights(tiny_model):
