@@ -151,6 +151,11 @@ def test_no_target(to, words, tmp_path):
         space.deploy(to, None, "hf:user/x", "", dry_run=True)
 
 
+def test_where_to_is_asked_for(capsys):
+    assert command("--model", "hf:user/x") == 2
+    assert capsys.readouterr().err.startswith("error: Say where the space goes, for example: --to hf:user/name (or ")
+
+
 def a_run(folder: Path, **published: str) -> Run:
     folder.mkdir()
     sent = {ref: {"what": what, "revision": "0" * 40} for ref, what in published.items()}
