@@ -310,7 +310,8 @@ def _answer(session: requests.Session, url: str) -> str:
 
 
 def hardware(parameters: int, platform: str) -> str:
-    """What of a platform's hardware holds the model; 16 bits a weight on a GPU, 32 while a CPU makes 16 of them."""
+    """What of a platform's hardware holds the model: 16 bits a weight on a GPU, 32 on a CPU until it has made 16 of them (1.05 B
+    parameters started under a hard limit of 8 GB and took 6.6)."""
     small, middle, large = {
         "openxlab": ("2 vCPU 8 GB", "A10 24 GB (on application 需申请)", "A100 40 GB (on application 需申请)"),
         "hf": ("CPU basic", "Nvidia A10G small", "Nvidia A100 large"),
