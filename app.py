@@ -11,6 +11,7 @@ Importing this module starts nothing, loads no model and needs neither gradio no
 import argparse
 import html
 import inspect
+import json
 import logging
 import os
 import re
@@ -36,6 +37,7 @@ CHINESE = {
     "Asking the engine": "正在连接推理服务",
     "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
     "The model could not be loaded": "模型加载失败",
+    "No source answers; trying again": "暂无来源响应，正在重试",
     "Type a message": "输入消息",
     "Ask me something, or begin with one of these:": "想聊点什么？也可以从这里开始：",
 }
@@ -125,13 +127,14 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
         if engine.status == "failed":
             title, words = "The model could not be loaded", engine.message
         else:
-            title, words = engine.message, "The chat opens by itself. The first start takes a little longer."
+            title, _, why = engine.message.partition("\n")
+            words = why or "The chat opens by itself. The first start takes a little longer."
         seconds = f"{engine.progress} … {time.monotonic() - engine.began:.0f} s" if engine.status == "loading" else ""
         status = f"<b>{text(request, title)}{seconds}</b><p>{html.escape(text(request, words))}</p>"
         ready = engine.status == "ready"
         failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before the one
         return [
-            f"<h1>{html.escape(engine.name)}</h1>{failed}",
+            f"<h1>{html.escape(engine.name)}</h1>{failed}<small>{html.escape(engine.runs_on)}</small>",
             gr.HTML(status, visible=not ready),
             gr.Column(visible=ready),
             gr.Timer(active=engine.status == "loading"),
@@ -288,6 +291,12 @@ def newest_run(runs: Path = Path("runs")) -> str | None:
     return str(manifests[-1].parent) if manifests else None
 
 
+def deployed(folder: Path = Path(__file__).parent) -> str | None:
+    """Where a space's weights are, as `deploy` wrote it down."""
+    manifest = folder / "manifest.json"
+    return json.loads(manifest.read_text(encoding="utf-8"))["model"] if manifest.is_file() else None
+
+
 def main(arguments: list[str] | None = None) -> int:
     env = os.environ.get
     parser = argparse.ArgumentParser(description="A page to chat with a model. 与模型对话的网页。")
@@ -308,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--api-origin", action="append", default=(env("API_ORIGINS") or "").split(), metavar="ORIGIN",
                         help="of a page whose scripts may call /v1; may be given again")  # fmt: skip
     args = parser.parse_args(arguments)
-    newest = None if args.adapter else newest_run()
+    newest = None if args.adapter else deployed() or newest_run()
     if args.engine:
         from finetune.remote import Remote
 

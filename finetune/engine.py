@@ -21,6 +21,7 @@ ANSWER_TOKENS = 512  # at most, where nobody asks for more or less, and at most 
 WAITING = 128  # conversations that wait for the decoder; who comes then is told to come back
 CHARACTERS = 32  # in a message, for each token of the context: hardly a token has as many
 HEARTBEAT = 0.5  # seconds after which who waits hears something
+RETRY = 10  # seconds until a source that did not answer is asked again
 
 
 class Busy(UserError):
@@ -92,10 +93,18 @@ class Engine:
     def _load(self) -> None:
         from finetune import hub, model, serving
         from finetune.generation import ROWS, Decoder
+        from finetune.transfer import Unreachable
 
-        self.message = "Fetching the model"
-        base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
-        adapter = hub.pull(self.adapter) if self.adapter else None
+        while True:
+            self.message = "Fetching the model"
+            try:
+                base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
+                adapter = hub.pull(self.adapter) if self.adapter else None
+                break
+            except Unreachable as error:  # a space starts by itself, and nobody is there to start it again
+                self.message, self.progress = f"No source answers; trying again\n{error}", ""
+                say(f"Note: {error} Trying again in {RETRY} s.")
+                time.sleep(RETRY)
         self.message = "Loading the model"
         model.check_folder(base)
         self.form = model.chat_format(base)

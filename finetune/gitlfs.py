@@ -576,7 +576,7 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
 
     Raises Unreachable, UserError.
     """
-    from finetune.places import HUBS
+    from finetune.places import HUBS, SPACES
 
     remote, revision = open_remote(place), place.revision
     if not greet(remote, "git-receive-pack"):
@@ -586,6 +586,7 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
             where = (
                 f"Open {HUBS[place.kind][1]}" if place.kind in HUBS else "Open the server's page for a new repository"
             )
+            where = where.replace("/models/", "/studios/") if SPACES.get(place.kind, "?") in place.name else where
             raise UserError(
                 f"{place.ref}: there is no repository {plain(remote.url)}, or you may not see it. {why}{where}, type {name} as its "
                 "name, leave the rest as it is, and run the same command again."

@@ -102,14 +102,16 @@ def pull(ref: str, *, progress: Callable[[int, int], object] | None = None) -> P
 
 def pull_first(refs: str, one: Callable[[str], Path] = pull) -> tuple[Path, list[str]]:
     """The folder of the first of "a,b,c" that can be had, and what was wrong with those before it. Raises UserError with
-    all reasons when none can."""
+    all reasons when none can; Unreachable where one may answer later."""
     failed: list[str] = []
+    kind = UserError
     for ref in [refs] if _local(refs) else [ref.strip() for ref in refs.split(",")]:
         try:
             return one(ref), failed
         except UserError as error:
             failed.append(f"{ref}: {' '.join(error.problems)}" if "," in refs else " ".join(error.problems))
-    raise UserError(*failed)
+            kind = Unreachable if isinstance(error, Unreachable) else kind
+    raise kind(*failed)
 
 
 def _local(ref: str) -> Path | None:

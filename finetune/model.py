@@ -22,6 +22,7 @@ from finetune import embedded, settings
 from finetune.chat_format import END, START, ChatFormat, Message
 from finetune.errors import UserError
 from finetune.hub import FILES, pull
+from finetune.transfer import Unreachable
 
 if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is used: that takes two seconds, and serving does without it
@@ -62,11 +63,13 @@ def sources(ref: str) -> list[str]:
 def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) -> Path:
     """The folder of a base model: a preset's name, a local folder, or references of which the first to answer is taken.
 
-    A model in InternLM2's own layout is converted, once, into the user's cache. Raises UserError.
+    A model in InternLM2's own layout is converted, once, into the user's cache. Raises UserError; Unreachable where a source
+    may answer later.
     """
     if ref == embedded.NAME:
         return embedded.folder()
     problems: list[str] = []
+    kind = UserError
     for source in sources(ref):
         try:
             folder = pull(source, progress=progress)
@@ -78,10 +81,11 @@ def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) 
             )
         except UserError as error:
             problems += error.problems
+            kind = Unreachable if isinstance(error, Unreachable) else kind
     else:
         if close := difflib.get_close_matches(ref, settings.preset_names(), n=1, cutoff=0.8):
             problems.append(f"Did you mean {close[0]}?")
-        raise UserError(*problems)
+        raise kind(*problems)
     for problem in problems:
         embedded.say(problem)
     from finetune import internlm2  # which imports this module

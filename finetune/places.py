@@ -4,7 +4,7 @@
     hf:user/name                                         huggingface_hub
     dir:PATH or a plain path                             a folder
 
-each but a folder with an optional @revision. A place can do two things: `listing` says what it holds, by its own record, and
+each but a folder with an optional @revision. hf:spaces/user/name and modelscope:studios/user/name are these hubs' spaces. A place can do two things: `listing` says what it holds, by its own record, and
 opens its files; `send` makes it hold what it is given.
 """
 
@@ -35,11 +35,12 @@ HUBS = {  # git hosts: the address, where a repository is made by hand, where a 
         "https://www.modelscope.cn/my/myaccesstoken",
     ),
 }
+SPACES = {"hf": "spaces/", "modelscope": "studios/"}  # what a space's name begins with
 
 
 class Place(NamedTuple):
     kind: str  # "dir", "hf", "git", "openxlab" or "modelscope"
-    name: str  # a path, user/name, or for the last three the address
+    name: str  # a path, user/name or spaces/user/name, or for the last three the address
     revision: str | None
     ref: str  # as it was written
 
@@ -53,7 +54,9 @@ def parse(ref: str) -> Place:
         return Place("dir", ref.removeprefix("dir:"), None, ref)
     if not (colon and kind in ("hf", *HUBS)):
         kind, rest = "hf", ref
-    if not (found := re.fullmatch(r"(\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest, re.A)) or ".." in ref:
+    space = SPACES.get(kind, "")
+    found = re.fullmatch(rf"((?:{space})?\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest, re.A)
+    if not found or ".." in ref:
         raise UserError(NO_REFERENCE.format(ref))
     name = found[1] if kind == "hf" else HUBS[kind][0].format(found[1])
     return Place(kind, name, found[2], ref)
@@ -229,6 +232,12 @@ def _hub_endpoint() -> str:
     return constants.ENDPOINT
 
 
+def _hub_repo(place: Place) -> dict[str, str]:
+    """The repository as huggingface_hub's arguments."""
+    name = place.name.removeprefix(SPACES["hf"])
+    return {"repo_id": name, "repo_type": "model" if name == place.name else "space"}
+
+
 def _list_hub(place: Place, default: bool) -> Listing | None:
     from huggingface_hub import get_token, hf_hub_url
     from huggingface_hub.errors import RepositoryNotFoundError, RevisionNotFoundError
@@ -238,7 +247,7 @@ def _list_hub(place: Place, default: bool) -> Listing | None:
     def ask(api: Any, revision: str | None = place.revision) -> Any:
         nonlocal named
         try:
-            return api.model_info(place.name, revision=revision, files_metadata=True, timeout=30)
+            return api.repo_info(**_hub_repo(place), revision=revision, files_metadata=True, timeout=30)
         except RevisionNotFoundError:
             if not (default and revision):
                 raise
@@ -257,7 +266,7 @@ def _list_hub(place: Place, default: bool) -> Listing | None:
     files = {}
     for sibling in info.siblings or []:
         digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
-        url = hf_hub_url(place.name, sibling.rfilename, revision=info.sha, endpoint=_hub_endpoint())
+        url = hf_hub_url(**_hub_repo(place), filename=sibling.rfilename, revision=info.sha, endpoint=_hub_endpoint())
 
         def open_at(offset: int, url: str = url) -> Opened:
             return transfer.open_url(url, headers, offset)
@@ -276,26 +285,27 @@ def _send_to_hub(place: Place, files: dict[str, Source], remove: list[str], mess
         for name, source in files.items()
     ]
     changes = [*added, *(CommitOperationDelete(name) for name in remove)]
+    repo = _hub_repo(place)
 
     def work(api: Any) -> None:
-        api.create_repo(place.name, exist_ok=True)
+        api.create_repo(**repo, exist_ok=True, space_sdk="gradio" if repo["repo_type"] == "space" else None)
         branch, tag = "main", None
         if place.revision:
-            refs = api.list_repo_refs(place.name)
+            refs = api.list_repo_refs(**repo)
             if place.revision in {ref.name for ref in refs.branches}:
                 branch = place.revision
             elif place.revision in {ref.name for ref in refs.tags}:
                 raise UserError(gitlfs.TAG_IS_THERE.format(place.ref, place.revision))
             else:
                 tag = place.revision
-        api.preupload_lfs_files(place.name, added, revision=branch)  # nothing is to be seen of them yet
+        api.preupload_lfs_files(**repo, additions=added, revision=branch)  # nothing is to be seen of them yet
         for file in added:
             if file.upload_info.is_hashed and file.upload_info.sha256.hex() != files[file.path_in_repo].sha256:
                 raise UserError(transfer.HAS_CHANGED.format(files[file.path_in_repo].data))
         revision = branch
         if changes:
-            revision = api.create_commit(place.name, changes, commit_message=message, revision=branch).oid
+            revision = api.create_commit(**repo, operations=changes, commit_message=message, revision=branch).oid
         if tag:
-            api.create_tag(place.name, tag=tag, revision=revision)
+            api.create_tag(**repo, tag=tag, revision=revision)
 
     _hub_work(place, work)

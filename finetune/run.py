@@ -28,7 +28,7 @@ except ModuleNotFoundError as error:
     sys.exit(2)
 
 RUNS = Path("runs")
-STAGES = (*stages.STAGES, "publish", "pull")
+STAGES = (*stages.STAGES, "publish", "pull", "deploy")
 FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
 FIRST = (None, "check", "data", "compare")  # what a new run begins with; other stages need one that is there
 
@@ -120,17 +120,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--skip-bad", action="store_true", default=None, help="go on without rows that are wrong")
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
     parse.add_argument("--seed", type=int)
-    parse.add_argument("--model", help="evaluate this model, a folder or hf:user/name, made here or elsewhere")
     parse.add_argument(
-        "--to", metavar="REF", help="publish there: openxlab: hf: modelscope:user/name, git+URL, dir:PATH / 发布到"
+        "--model", help="evaluate or deploy this model, a folder or hf:user/name, made here or elsewhere"
+    )
+    parse.add_argument(
+        "--to",
+        metavar="REF",
+        help="publish or deploy there: openxlab: hf: modelscope:user/name, git+URL, dir:PATH / 发布到",
     )
     parse.add_argument(
         "--what", choices=("model", "adapter", "both"), default="model", help="publish this (default: model)"
     )
     parse.add_argument(
-        "--force", metavar="WHY", default="", help="publish in spite of the gate; the model card says why"
+        "--force",
+        metavar="WHY",
+        default="",
+        help="publish in spite of the gate, and the model card says why; or deploy weights that are not public",
     )
-    parse.add_argument("--dry-run", action="store_true", help="publish: only list what would be sent")
+    parse.add_argument("--dry-run", action="store_true", help="publish, deploy: only list what would be sent")
     parse.add_argument("--with-data", action="store_true", help="publish the training data as well")
     parse.add_argument(
         "--verify", action="store_true", help="pull: ask the model its witnesses' questions again / 复验"
@@ -154,6 +161,8 @@ def _unknown(what: str, word: str, known: Iterable[str]) -> str:
 
 
 def work(args: argparse.Namespace) -> int:
+    if args.model and args.stage == "deploy":
+        return deploy(None, args)
     if args.model:
         return evaluate_model(args)
     if args.stage == "pull":
@@ -166,6 +175,8 @@ def work(args: argparse.Namespace) -> int:
     run = open_run(args)
     if args.stage == "publish":
         return publish(run, args)
+    if args.stage == "deploy":
+        return deploy(run, args)
     if args.stage == "data" and stages.is_main():
         checks.check(run)
     if args.stage:
@@ -250,6 +261,22 @@ def publish(run: Run, args: argparse.Namespace) -> int:
     run.note(published={**published, args.to: {"what": args.what, "revision": revision}})
     say(f"Published 已发布: {args.to}{f' (commit {revision})' if revision else ''}")
     say(f"Next 下一步: python finetune/run.py pull --verify {args.to}")
+    return 0
+
+
+def deploy(run: Run | None, args: argparse.Namespace) -> int:
+    """`deploy --to SPACE`: a space of the run's published model, or of any with --model; the platform's form on standard
+    output."""
+    from finetune import space
+
+    if not args.to:
+        raise UserError(
+            "Say where the space goes, for example: --to hf:user/name (or modelscope:user/name, dir:PATH, "
+            "openxlab:git+https://github.com/user/name.git)"
+        )
+    revision = space.deploy(args.to, run, args.model, args.force, args.dry_run)
+    if not args.dry_run:
+        say(f"Deployed 已部署: {args.to}{f' (commit {revision})' if revision else ''}")
     return 0
 
 

@@ -1,5 +1,6 @@
 """A model as it answers fastest here without losing what matters, and in words what was chosen."""
 
+import contextlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -9,8 +10,10 @@ from safetensors import safe_open
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
 
 from finetune import model as models
+from finetune.errors import UserError
 
 PROC_DRIVER = Path("/proc/driver/nvidia/version")
+MEMORY_LIMITS = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
 CPU_BYTES = 2_000_000_000  # of keys and values, at most
 HEADROOM = 1.3  # a GPU's memory over the weights: keys, values and activations
 
@@ -27,6 +30,11 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
     if not torch.cuda.is_available():
         fast = "fbgemm" in torch.backends.quantized.supported_engines
         dtype = torch.float32 if fast else models.inference_dtype()
+        if (need := weight_bytes(base, dtype)) > (free := free_memory()):
+            raise UserError(
+                f"The model's weights need {need / 1e9:.1f} GB of memory here and {free / 1e9:.1f} GB is free: choose larger "
+                "hardware, a GPU or a smaller model."
+            )
         weights = "float16 weights, float32 sums" if fast else f"{str(dtype).removeprefix('torch.')} weights"
         words = f"CPU, {torch.get_num_threads()} threads, {weights}."
         return Loaded(_whole(base, adapter, dtype), fast, words + gpu_trouble())
@@ -40,7 +48,7 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
         base,
         dtype=dtype,
         quantization_config=quantized,
-        device_map={"": 0},
+        device_map={"": models.device()},
         use_safetensors=True,
         trust_remote_code=False,
         local_files_only=True,
@@ -61,6 +69,15 @@ def weight_bytes(base: Path, dtype: torch.dtype) -> int:
     with safe_open(next(iter(sorted(base.glob("*.safetensors")))), "pt") as weights:
         one = weights.get_tensor(next(iter(weights.keys())))
     return stored * dtype.itemsize // one.element_size()
+
+
+def free_memory() -> int:
+    """Bytes that this process may still take, a container's limit included."""
+    memory, own = psutil.virtual_memory().available + psutil.swap_memory().free, psutil.Process().memory_info().rss
+    for limit in MEMORY_LIMITS:
+        with contextlib.suppress(OSError, ValueError):  # not there, or "max"
+            memory = min(memory, int(limit.read_text()) - own)  # without what its cache of files takes, which gives way
+    return memory
 
 
 def gpu_trouble() -> str:

@@ -151,7 +151,7 @@ class GitHandler(Handler):
             return self.batch()
         if found := re.fullmatch(r"/lfs/([0-9a-f]{64})", path):
             return self.object(self.server.object(found[1]))
-        repo = re.match(r"/[^/]+/[^/]+\.git", path)
+        repo = re.match(r"/(?:studios/)?[^/]+/[^/]+\.git", path)
         if not repo or not (self.server.root / repo[0][1:]).is_dir():
             return self.answer(b"not here", 404)
         if not self.allowed("git-receive-pack" in self.path):
@@ -264,8 +264,8 @@ class Hub(Server):
     """The part of the Hub's HTTP API that the real client uses to read, create, commit and tag. `commits`: per repository a
     list of (id, {name: sha256}); `names`: branches and tags. Files named like LARGE go through its LFS."""
 
-    def __init__(self, root: Path, token: str = "hf_right", private: bool = False):
-        super().__init__(("127.0.0.1", 0), HubHandler)
+    def __init__(self, root: Path, token: str = "hf_right", private: bool = False, port: int = 0):
+        super().__init__(("127.0.0.1", port), HubHandler)
         root.mkdir(parents=True, exist_ok=True)
         self.root, self.token, self.private = root, token, private
         self.commits: dict[str, list[tuple[str, dict[str, str]]]] = {}
@@ -331,6 +331,9 @@ class HubHandler(Handler):
         if path == "/api/repos/create":
             made = json.loads(self.body())
             repo = f"{made.get('organization') or 'user'}/{made['name']}"
+            if made.get("type") == "space":
+                assert made["sdk"] == "gradio"
+                repo = f"spaces/{repo}"
             if repo in hub.commits:
                 return self.answer({"url": f"{hub.url}/{repo}"}, 409)
             hub.commit(repo, {})
@@ -340,7 +343,9 @@ class HubHandler(Handler):
             return self.answer({"errors": [], "warnings": []})
         if path.endswith("/info/lfs/objects/batch"):
             return self.lfs_batch()
-        repo = "/".join(parts[2:4]) if parts[0] == "api" else "/".join(parts[:2])
+        space = "spaces/" if "spaces" in parts[:2] else ""
+        parts = parts[1:] if parts[0] == "spaces" else parts
+        repo = space + "/".join(parts[2:4] if parts[0] == "api" else parts[:2])
         if repo not in hub.commits:
             self.body()
             return self.answer(b"{}", 404, X_Error_Code="RepoNotFound", X_Error_Message="Repository not found")

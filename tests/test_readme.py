@@ -35,7 +35,7 @@ def test_front_matter_is_what_a_space_accepts():
 def test_run_commands_are_understood(command):
     for part in run.parts(shlex.split(command)[2:]):
         args = run.parse(part)
-        assert args.stage is None or args.stage in ("chat", "check", "compare", "evaluate", "publish", "pull")
+        assert args.stage is None or args.stage in ("chat", "check", "compare", "deploy", "evaluate", "publish", "pull")
 
 
 def test_first_line_makes_the_example_persona():

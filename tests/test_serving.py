@@ -1,10 +1,13 @@
+import importlib
 import re
 from types import SimpleNamespace
 
+import psutil
 import pytest
 import torch
 
-from finetune import model, serving
+from finetune import generation, model, serving
+from finetune.errors import UserError
 
 
 def test_what_a_cpu_decodes_with_is_said(tiny_model, monkeypatch, tmp_path):
@@ -30,6 +33,39 @@ def test_a_gpu_that_torch_cannot_use_is_said(tiny_model, monkeypatch, tmp_path):
 
 
 @pytest.mark.parametrize(
+    ("ampere", "free", "dtype", "words"),
+    [
+        (True, 16e9, torch.bfloat16, "A card, bfloat16 weights."),
+        (False, 16e9, torch.float16, "A card, float16 weights."),
+        (
+            True,
+            90_000,
+            torch.bfloat16,
+            "A card, 4-bit weights: 0.0 GB of weights do not fit into 0.0 GB with what they need",
+        ),
+    ],
+)
+def test_a_card_decides_how_weights_are_kept(tiny_model, monkeypatch, ampere, free, dtype, words):
+    """There is no card here: what it says of itself is made up, and the weights, 4-bit ones too, are real and answer."""
+    importlib.import_module("bitsandbytes")  # which would look for its CUDA kernels
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(24e9)))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda: "A card")
+    monkeypatch.setattr(model, "device", lambda: torch.device("cpu"))
+    loaded = serving.load(tiny_model)
+    assert loaded.words.startswith(words)
+    layer = loaded.model.model.layers[0].mlp.up_proj
+    assert (type(layer).__name__ == "Linear4bit") == ("4-bit" in words)
+    assert loaded.model.dtype == dtype
+    decoder = generation.Decoder(loaded.model, [0], 256, fast=loaded.fast)
+    row = decoder.add([5, 6, 7], 4)
+    while decoder.rows or decoder.waiting:
+        decoder.step()
+    assert len(row.ids) == 4
+
+
+@pytest.mark.parametrize(
     ("free", "rows", "expected"),
     [
         (80_000, 64, 20_000 // 256),  # a quarter; 2 layers x keys and values x 2 heads x 8 numbers x 4 bytes a token
@@ -40,6 +76,15 @@ def test_a_gpu_that_torch_cannot_use_is_said(tiny_model, monkeypatch, tmp_path):
 def test_the_pool_is_as_large_as_memory_allows(tiny_model, monkeypatch, free, rows, expected):
     monkeypatch.setattr(serving.psutil, "virtual_memory", lambda: SimpleNamespace(available=int(free)))
     assert serving.pool_tokens(model.load(tiny_model), rows) == expected
+
+
+def test_a_containers_limit_is_told_before_the_weights_are_read(tiny_model, monkeypatch, tmp_path):
+    (tmp_path / "memory.max").write_text("max\n")
+    monkeypatch.setattr(serving, "MEMORY_LIMITS", [tmp_path / "memory.max", tmp_path / "not there"])
+    assert serving.free_memory() > 100_000_000
+    (tmp_path / "memory.max").write_text(f"{psutil.Process().memory_info().rss}\n")
+    with pytest.raises(UserError, match=r"need 0\.0 GB of memory here and -?0\.\d GB is free: choose larger hardware"):
+        serving.load(tiny_model)
 
 
 def test_bytes_of_the_weights(tiny_model):
