@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -69,8 +70,10 @@ class Engine:
         self.began = time.monotonic()
         self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
         self.context = 0  # tokens; 0: unknown
-        self.base = ""  # the name of the base, where it can answer too
+        self.base = False  # whether the base can answer too
         self.folder: Path | None = None  # the model's, once it is here
+        self.origin: dict[str, str] = {}  # "base_model" and "license"
+        self.ended: deque[float] = deque(maxlen=32)  # when the last answers did
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of calls for the decoder's thread; None ends it
 
     def load(self) -> None:
@@ -117,8 +120,7 @@ class Engine:
         added, self.base_form = self._bare(base, adapter)
         self.decoder = Decoder(loaded, self.form.stop_ids, room, fast=fast, adapter=added)
         self.name, self.folder = assistant_name(base) or self.name, base
-        if self.decoder.forward.adapter:
-            self.base = model.origin(base, self.ref)["base_model"]
+        self.base, self.origin = bool(self.decoder.forward.adapter), model.origin(base, self.ref)
         self.message = " ".join(failed)
         self.listeners: dict[Any, Callable[..., bool]] = {}
         threading.Thread(target=self._decode, daemon=True, name="decoder").start()
@@ -197,7 +199,8 @@ class Engine:
             piece = "" if ended else text.add(token)
             if done and not text.stopped:
                 piece += text.rest()
-            last = done or text.stopped
+            if last := done or text.stopped:
+                self.ended.append(time.monotonic())
             if piece or last:
                 finish = ("stop" if ended or text.stopped else "length") if last else None
                 listener(Piece(piece, finish, None, None, len(prompt), len(row.ids), row.reused))
@@ -218,6 +221,10 @@ class Engine:
 
         self.inbox.put(begin)
         return Ticket(cancel, ahead)
+
+    def wait(self, ahead: int) -> float:
+        """Seconds until so many have been answered, as it went lately; 0 where nothing is known yet."""
+        return ahead * (time.monotonic() - self.ended[0]) / len(self.ended) if self.ended else 0.0
 
     def _decode(self) -> None:
         """The decoder's thread: between two steps it lets in who has come and lets go who has left."""

@@ -99,8 +99,8 @@ def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) 
 def origin(folder: Path, ref: str) -> dict[str, str]:
     """{"base_model", "license"} of a base model, for the card of what is made from it; "license" may be "unknown"."""
     for record in (folder / embedded.RECORD, folder / "manifest.json"):  # the latter in what was merged here
-        if record.is_file():
-            values = json.loads(record.read_text(encoding="utf-8"))
+        values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if "base_model" in values:  # other programs have a manifest.json too
             return {key: values[key] for key in ("base_model", "license")}
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
