@@ -56,6 +56,7 @@ NO_BASE = (
     "--what both."
 )
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
+# What may warn or stream has to go through the queue.
 STREAM = {"concurrency_limit": VISITORS, "show_progress": "hidden", "api_visibility": "private"}
 LOOKS = """<nav aria-label="Language and look 语言与外观"><a href="?lang=en" lang="en">English</a> <a href="?lang=zh-CN"
 lang="zh-CN">中文</a> <a href="?__theme=light" aria-label="Light 浅色">☀</a> <a href="?__theme=dark" aria-label="Dark 深色">☾</a></nav>"""
@@ -345,7 +346,7 @@ def chat_view(
 
     # What an action leaves of the conversation; a new `turn` is then answered.
     def ask(history: list[dict], text: str, turn: int, talk: str, request: gr.Request) -> tuple:
-        nothing = gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        nothing = (gr.skip(),) * 4
         if not text.strip():
             return nothing
         try:
@@ -379,8 +380,8 @@ def chat_view(
     asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
     left = [box.stop, chatbot.clear, new.click, talks.input, sure.click]
     gr.on([*asked, *left], None, cancels=[answering], api_visibility="private")
-    box.submit(ask, [chatbot, box, turn, talk], [chatbot, turn, talk, box], **QUIET)
-    chatbot.example_select(example, turn, [chatbot, turn, talk, box], **QUIET)
+    box.submit(ask, [chatbot, box, turn, talk], [chatbot, turn, talk, box], **STREAM)
+    chatbot.example_select(example, turn, [chatbot, turn, talk, box], **STREAM)
     chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.undo(undo, chatbot, [chatbot, box], **QUIET)
@@ -394,7 +395,7 @@ def chat_view(
     blank = json.dumps({"id": ""})
     script(chatbot.change, "talks.save", [chatbot, system, talk, search], [talks, title, notice])
     script(box.change, "talks.draft", box, None)
-    script(search.input, "(search, id) => [talks.list(search, id)]", [search, talk], talks)
+    script(search.change, "(search, id) => [talks.list(search, id)]", [search, talk], talks)
     gr.on([title.submit, title.blur], None, [talk, title, search], talks, js="talks.rename", **QUIET)
     script(as_json.click, "(id, search) => talks.save_as(id, search, false)", [talk, search], notice)
     script(as_markdown.click, "(id, search) => talks.save_as(id, search, true)", [talk, search], notice)
@@ -421,11 +422,12 @@ def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
         box = chat_box(i18n, "both")
         gr.HTML(i18n("Both answer at once, from one copy of the weights. This is not kept."))
     system, heat, top_p = gr.State(""), gr.State(0.0), gr.State(1.0)  # the likeliest words: what differs is the model
-    turn, unused = gr.Number(0, visible="hidden"), gr.State("")
+    turns = [gr.Number(0, visible="hidden") for _ in chats]  # of one component's events the second waits for the first
+    unused = gr.State("")
     left: dict[str, int] = {}  # of each page: answers that are being written
 
     def ask(base: list[dict], tuned: list[dict], text: str, turn: int, request: gr.Request) -> tuple:
-        nothing = gr.skip(), gr.skip(), gr.skip(), gr.skip(), gr.skip()
+        nothing = (gr.skip(),) * 5
         if not text.strip():
             return nothing
         try:
@@ -435,7 +437,7 @@ def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
             warn(request, str(error))
             return nothing
         asked, left[request.session_hash] = message("user", text), 2
-        return [*base, asked], [*tuned, asked], turn + 1, busy()
+        return [*base, asked], [*tuned, asked], turn + 1, turn + 1, busy()
 
     def done(request: gr.Request) -> Any:
         left[request.session_hash] = left.get(request.session_hash, 1) - 1
@@ -449,11 +451,11 @@ def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
         turn.change(
             replies(engine, visitors, bare), [chat, system, heat, top_p, unused], [chat, unused, unused], **STREAM
         )
-        for chat, bare in zip(chats, (True, False), strict=True)
+        for chat, turn, bare in zip(chats, turns, (True, False), strict=True)
     ]
     clears = [chat.clear for chat in chats]
     gr.on([box.submit, box.stop, *clears], None, cancels=answering, api_visibility="private")
-    box.submit(ask, [*chats, box, turn], [*chats, turn, box], **QUIET)
+    box.submit(ask, [*chats, box, turns[0]], [*chats, *turns, box], **STREAM)
     for each in answering:
         each.then(done, None, box, **QUIET)
     gr.on([box.stop, *clears], stopped, None, box, **QUIET)

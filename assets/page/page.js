@@ -40,6 +40,7 @@ const talks = (() => {
   // What Gradio leaves undone for those who hear the page or have no mouse.
   new MutationObserver(() => {
     for (const list of document.querySelectorAll(".examples[role=list]")) list.removeAttribute("role");
+    for (const said of document.querySelectorAll(".message [data-testid][aria-label]:not([role])")) said.role = "group";
     for (const code of document.querySelectorAll(".message pre:not([tabindex])")) code.tabIndex = 0;
   }).observe(document, { childList: true, subtree: true });
 
