@@ -400,7 +400,8 @@ def chat_view(
     script(as_json.click, "(id, search) => talks.save_as(id, search, false)", [talk, search], notice)
     script(as_markdown.click, "(id, search) => talks.save_as(id, search, true)", [talk, search], notice)
     script(load.click, "talks.load", search, [talks, notice])
-    talks.input(saved, talks, opened, js="(id) => [talks.open(id)]", **QUIET)
+    # A conversation's text comes in place of another input's: the server does not know what may be chosen.
+    talks.input(lambda _, text: saved(text), [talks, talk], opened, js="(id) => [null, talks.open(id)]", **QUIET)
     gr.on([talks.input, new.click], lambda: (idle(), gr.Tabs(selected="chat")), None, [box, tabs], **QUIET)
     new.click(saved, talk, opened, js=f"() => (talks.open(''), ['{blank}'])", **QUIET)
     script(new.click, "() => [null]", None, talks)

@@ -641,6 +641,7 @@ def test_conversations_stay_in_the_browser(engine, visit, tmp_path):
 
         page.get_by_label("The capital of Italy?").check()
         until(lambda: "Rome" in str(talk(page)), "the first conversation")
+        page.get_by_role("button", name="Settings").click()
         assert page.get_by_label("System prompt").input_value() == "Be brief."
         italy = [
             {"role": "system", "content": "Be brief."},
