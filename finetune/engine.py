@@ -119,7 +119,8 @@ class Engine:
         self.context = min(loaded.config.get_text_config().max_position_embeddings, room)
         added, self.base_form = self._bare(base, adapter)
         self.decoder = Decoder(loaded, self.form.stop_ids, room, fast=fast, adapter=added)
-        self.name, self.folder = assistant_name(base) or self.name, base
+        self.folder = adapter if adapter and manifest(adapter) else base
+        self.name = assistant_name(self.folder) or self.name
         self.base, self.origin = bool(self.decoder.forward.adapter), model.origin(base, self.ref)
         self.message = " ".join(failed)
         self.listeners: dict[Any, Callable[..., bool]] = {}

@@ -22,6 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from finetune import embedded, identity, records, scorecard, settings, tasks
+from finetune.card import PICTURE
 from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
 from finetune.embedded import say
 from finetune.errors import UserError
@@ -334,6 +335,8 @@ def merge(run: Run) -> None:
         }
         text = json.dumps({**public, "gate": card["gate"]}, ensure_ascii=False)
         (folder / "scorecard.json").write_text(text, encoding="utf-8")
+        if (picture := run.folder / PICTURE).is_file():
+            shutil.copy(picture, folder)
         adapter = run.read("receipt.json").get("adapter_sha256")
         made = {
             "base_sha256": run.base_sha256,
