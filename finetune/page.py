@@ -70,7 +70,10 @@ HEADERS = {
     "x-content-type-options": "nosniff",
     "referrer-policy": "same-origin",
 }
-CLOSED = re.compile(r"/(gradio_api/)?(file|proxy|stream|upload|upload_progress|custom_component|component_server)\b")
+CLOSED = re.compile(  # what Gradio serves and this page has no use for
+    r"/(gradio_api/)?(file|proxy|stream|upload|upload_progress|custom_component|component_server|process_recording|"
+    r"monitoring|deep_link|dev|(undo-)?vibe-\w+)\b"
+)
 ASGI = Callable[..., Awaitable[None]]
 
 # What looks like a tag or an entity outside of code gets an invisible word joiner, so that Markdown takes it for text.
@@ -157,7 +160,7 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
                         gr.Info(says(request, waits).format(piece.ahead, round(engine.wait(piece.ahead))))
                         told = True
                     if answer and time.monotonic() - sent > 0.05:  # more often only costs time
-                        yield [*history, message("assistant", answer)], gr.skip(), talk
+                        yield talk, gr.skip(), [*history, message("assistant", answer)]
                         sent = time.monotonic()
             fill = ""
             if piece.prompt_tokens and engine.context:
@@ -165,7 +168,7 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
                 fill = says(request, "{} of {} tokens in use").format(used, engine.context)
             if left_out := len(turns) - len(kept):
                 fill += says(request, " · the oldest {} messages are left out").format(left_out)
-            yield [*history, message("assistant", answer)], fill, talk
+            yield talk, fill, [*history, message("assistant", answer)]
         except UserError as error:
             warn(request, str(error))
             yield unchanged
@@ -180,12 +183,13 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
     return reply
 
 
-def saved(text: str) -> tuple[list[dict], str, str, str, str]:
-    """A conversation as the browser kept it, for the chat, the system prompt, and its id, title and fill."""
+def saved(text: str) -> tuple[str, str, str, str, list[dict]]:
+    """A conversation as the browser kept it: its system prompt, id, title, fill and, last, the messages, at whose change the
+    browser keeps what is there under the id that is there."""
     talk = json.loads(text)
     messages = [m for m in talk.get("messages", []) if m["role"] != "system"]
     system = next((m["content"] for m in talk.get("messages", []) if m["role"] == "system"), "")
-    return [message(m["role"], m["content"]) for m in messages], system, talk["id"], talk.get("title", ""), ""
+    return system, talk["id"], talk.get("title", ""), "", [message(m["role"], m["content"]) for m in messages]
 
 
 def build(engine: Engine, key: str | None = None, open_api: bool = False, origins: Sequence[str] = ()) -> Any:
@@ -354,7 +358,7 @@ def chat_view(
         except UserError as error:  # what was typed stays in the box
             warn(request, str(error))
             return nothing
-        return [*history, message("user", text)], turn + 1, talk or token_hex(8), busy()
+        return talk or token_hex(8), [*history, message("user", text)], turn + 1, busy()
 
     def example(turn: int, event: gr.SelectData, request: gr.Request) -> tuple:
         return ask([], event.value["text"], turn, "", request)
@@ -373,15 +377,15 @@ def chat_view(
 
     style.input(STYLES.get, style, [heat, top_p], **QUIET)
     answering = turn.change(
-        replies(engine, visitors), [chatbot, system, heat, top_p, talk], [chatbot, fill, talk], **STREAM
+        replies(engine, visitors), [chatbot, system, heat, top_p, talk], [talk, fill, chatbot], **STREAM
     )
     answering.then(idle, None, box, **QUIET)
     # First of each trigger's events: Gradio runs them one after the other, and would stop the new answer as well.
     asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
     left = [box.stop, chatbot.clear, new.click, talks.input, sure.click]
     gr.on([*asked, *left], None, cancels=[answering], api_visibility="private")
-    box.submit(ask, [chatbot, box, turn, talk], [chatbot, turn, talk, box], **STREAM)
-    chatbot.example_select(example, turn, [chatbot, turn, talk, box], **STREAM)
+    box.submit(ask, [chatbot, box, turn, talk], [talk, chatbot, turn, box], **STREAM)
+    chatbot.example_select(example, turn, [talk, chatbot, turn, box], **STREAM)
     chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.undo(undo, chatbot, [chatbot, box], **QUIET)
@@ -391,7 +395,7 @@ def chat_view(
         """The browser alone does this."""
         event(None, inputs, outputs, js=code, **QUIET)
 
-    opened = [chatbot, system, talk, title, fill]
+    opened = [system, talk, title, fill, chatbot]
     blank = json.dumps({"id": ""})
     script(chatbot.change, "talks.save", [chatbot, system, talk, search], [talks, title, notice])
     script(box.change, "talks.draft", box, None)
@@ -450,7 +454,7 @@ def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
 
     answering = [
         turn.change(
-            replies(engine, visitors, bare), [chat, system, heat, top_p, unused], [chat, unused, unused], **STREAM
+            replies(engine, visitors, bare), [chat, system, heat, top_p, unused], [unused, unused, chat], **STREAM
         )
         for chat, turn, bare in zip(chats, turns, (True, False), strict=True)
     ]
