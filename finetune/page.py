@@ -199,6 +199,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
     # Gradio's own choice of weights, 400 and 600, has no Latin letters in 600.
     font = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
     theme = gr.themes.Default(primary_hue="indigo", font=[font, "system-ui", "sans-serif"])
+    theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # lighter is not legible
     visitors = Visitors()
     with gr.Blocks(title=engine.name, fill_height=True, analytics_enabled=False) as page:
         name = gr.HTML(heading(engine.name), elem_id="name")
@@ -247,9 +248,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
         page,
         path="/",
         i18n=i18n,
-        theme=theme.set(
-            body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500"
-        ),  # lighter it cannot be read
+        theme=theme,
         css_paths=ASSETS / "page.css",
         footer_links=[],
         run_history=False,
@@ -512,7 +511,8 @@ def guarded(app: ASGI) -> ASGI:
         length = dict(scope["headers"]).get(b"content-length", b"0")
         if CLOSED.match(scope["path"]):
             return await JSONResponse({"detail": "Not found"}, 404)(scope, receive, with_headers)
-        if not length.isdigit() or int(length) > api.BODY_BYTES:
+        api_says_it = scope["path"].startswith("/v1/")
+        if not (api_says_it or (length.isdigit() and int(length) <= api.BODY_BYTES)):
             return await JSONResponse({"detail": "Too large"}, 413)(scope, receive, with_headers)
         return await app(scope, receive, with_headers)
 

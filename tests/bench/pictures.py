@@ -14,7 +14,7 @@ from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
 PHONE = {"width": 390, "height": 760}
-TALK = {"zh-CN": ["你是谁？", "法国的首都是哪里？"], "en-US": ["Who are you?", "What is the capital of France?"]}
+TALK = {"zh-CN": ["你是谁？", "是谁开发了你？"], "en-US": ["Who are you?", "What is the capital of France?"]}
 
 
 def ask(page: Page, box: str, texts: list[str]) -> None:
@@ -64,7 +64,9 @@ def main(run: str) -> None:
                     page.get_by_role("tab", name=re.compile("关于")).click()
                     page.locator("#probes tbody tr").first.wait_for()
                 else:
-                    page.get_by_text(re.compile("precise|精确")).first.evaluate("e => e.click()")  # the likeliest words
+                    page.locator("#settings button").first.click()
+                    page.get_by_role("radio", name=re.compile("precise|精确")).check()  # the likeliest words
+                    page.locator("#settings button").first.click()
                     ask(page, "box", TALK[look["locale"]])
                 page.wait_for_timeout(800)
                 page.screenshot(path=ROOT / "assets" / f"{name}.png")
