@@ -221,13 +221,14 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
             if engine.status == "failed":
                 title, words = "The model could not be loaded", engine.message
             else:
-                title, words = engine.message, "The chat opens by itself. The first start takes a little longer."
+                title, _, why = engine.message.partition("\n")
+                words = why or "The chat opens by itself. The first start takes a little longer."
             loading, ready = engine.status == "loading", engine.status == "ready"
             seconds = f"{engine.progress} … {time.monotonic() - engine.began:.0f} s" if loading else ""
             state = f"<b>{says(request, title)}{seconds}</b><p>{html.escape(says(request, words))}</p>"
             failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before
             return [
-                heading(engine.name) + failed,
+                f"{heading(engine.name)}{failed}<small>{html.escape(engine.runs_on)}</small>",
                 gr.HTML(state, visible=not ready),
                 gr.Column(visible=ready),
                 gr.Timer(active=loading),

@@ -9,6 +9,7 @@ CHINESE = {
     "Asking the engine": "正在连接推理服务",
     "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
     "The model could not be loaded": "模型加载失败",
+    "No source answers; trying again": "暂无来源响应，正在重试",
     # the chat
     "Chat": "对话",
     "Message": "消息",
