@@ -10,6 +10,7 @@ import time
 from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
+from ipaddress import ip_address
 from typing import Any, Literal
 
 from fastapi import APIRouter, FastAPI
@@ -94,7 +95,7 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
 
     def enter(http: HttpRequest) -> str:
         """Who asks. Raises ApiError when that is not allowed."""
-        visitor = http.client.host if http.client else ""
+        visitor = address(http)
         if key:
             given = http.headers.get("authorization", "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), key.encode()):
@@ -166,6 +167,23 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
         app.add_middleware(
             CORSMiddleware, allow_origins=origins, allow_methods=["GET", "POST"], allow_headers=["authorization", "content-type"]
         )  # fmt: skip
+
+
+def address(http: Any) -> str:
+    """Of the visitor who asks. A proxy, which has an address of a private network, adds the one that it was called from at
+    the end of X-Forwarded-For; what a visitor wrote there himself stands before."""
+    hosts = [host.strip() for host in (http.headers.get("x-forwarded-for") or "").split(",")]
+    hosts.append(http.client.host if http.client else "")
+    while len(hosts) > 1 and _private(hosts[-1]) and hosts[-2]:
+        hosts.pop()
+    return hosts[-1]
+
+
+def _private(host: str) -> bool:
+    try:
+        return ip_address(host).is_private
+    except ValueError:
+        return False
 
 
 async def one(pieces: AsyncIterator[tuple[int, Piece]]) -> tuple[int, Piece]:

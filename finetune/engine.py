@@ -9,6 +9,7 @@ import queue
 import threading
 import time
 import traceback
+from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -36,6 +37,7 @@ class Request(NamedTuple):
     max_tokens: int | None = None
     stop: tuple[str, ...] = ()
     owner: Hashable = None  # whose conversation it is: only the same one's are gone on from in the cache
+    bare: bool = False  # by the base, as its users get it, where the engine has it (`base`)
 
 
 class Piece(NamedTuple):
@@ -68,6 +70,10 @@ class Engine:
         self.began = time.monotonic()
         self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
         self.context = 0  # tokens; 0: unknown
+        self.base = False  # whether the base can answer too
+        self.folder: Path | None = None  # the model's, once it is here
+        self.origin: dict[str, str] = {}  # "base_model" and "license"
+        self.ended: deque[float] = deque(maxlen=32)  # when the last answers did
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of calls for the decoder's thread; None ends it
 
     def load(self) -> None:
@@ -111,19 +117,42 @@ class Engine:
         loaded, fast, self.runs_on = serving.load(base, adapter)
         room = serving.pool_tokens(loaded, ROWS[loaded.device.type])
         self.context = min(loaded.config.get_text_config().max_position_embeddings, room)
-        self.decoder = Decoder(loaded, self.form.stop_ids, room, fast=fast)
-        self.name = assistant_name(base) or self.name
+        added, self.base_form = self._bare(base, adapter)
+        self.decoder = Decoder(loaded, self.form.stop_ids, room, fast=fast, adapter=added)
+        self.folder = adapter if adapter and manifest(adapter) else base
+        self.name = assistant_name(self.folder) or self.name
+        self.base, self.origin = bool(self.decoder.forward.adapter), model.origin(base, self.ref)
         self.message = " ".join(failed)
         self.listeners: dict[Any, Callable[..., bool]] = {}
         threading.Thread(target=self._decode, daemon=True, name="decoder").start()
 
+    def _bare(self, folder: Path, adapter: Path | None) -> tuple[Any, Any]:
+        """What has been merged into the model and the format of its base, so that the base can answer too: with its own
+        default system prompt. The adapter is the given one, or lies where a run or a publishing leaves it."""
+        from finetune import embedded, model
+        from finetune.chat_format import ChatFormat
+
+        if adapter:
+            base_form, tuned_form = self.form, ChatFormat(self.form.tokenizer_json)
+            record = json.loads((adapter / model.ADAPTER_RECORD).read_text(encoding="utf-8"))
+            if record.get("format_hash") == tuned_form.hash:
+                self.form = tuned_form  # trained without the base's default prompt, which says another name
+            return model.adapter_matrices(adapter), base_form
+        made = manifest(folder)
+        beside = [folder / "adapter", *([folder.parent / "adapter"] if folder.name == "model" else [])]
+        found = next((path for path in beside if (path / "adapter_model.safetensors").is_file()), None)
+        if not found or made.get("adapter_sha256") != embedded.sha256(found / "adapter_model.safetensors"):
+            return None, None
+        return model.adapter_matrices(found), ChatFormat(self.form.tokenizer_json, made["base_system"])
+
     def health(self) -> dict[str, str]:
         return {"status": self.status, "model": self.ref, "message": self.message, "runs_on": self.runs_on}
 
-    def trim(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def trim(self, messages: Sequence[Message], bare: bool = False) -> Sequence[Message]:
         """The newest whole turns that fit. Raises UserError when the last one alone does not."""
         self.check_length(len(messages[-1]["content"]))
-        return fit(messages, lambda kept: len(self.form.prompt(kept)), self.context - self.reserved())
+        form = self.base_form if bare else self.form
+        return fit(messages, lambda kept: len(form.prompt(kept)), self.context - self.reserved())
 
     def check_length(self, characters: int) -> None:
         """Raises UserError for what is too long even to be counted in tokens, which takes a second per million."""
@@ -143,7 +172,7 @@ class Engine:
         if len(self.decoder.waiting) + self.inbox.qsize() >= WAITING:
             raise Busy(f"{WAITING} conversations are waiting already; try again in a minute.")
         self.check_length(sum(len(message["content"]) for message in request.messages))
-        prompt = self.form.prompt(request.messages)
+        prompt = (self.base_form if request.bare else self.form).prompt(request.messages)
         most = request.max_tokens or min(self.reserved(), self.context - len(prompt))
         if most <= 0 or len(prompt) + most > self.context:
             asked = f" and {request.max_tokens} are asked for" if request.max_tokens else ""
@@ -159,7 +188,7 @@ class Engine:
             if cancelled:
                 return
             sampling = Sampling(request.temperature, request.top_p, request.seed)
-            row = self.decoder.add(prompt, most, sampling, request.owner)
+            row = self.decoder.add(prompt, most, sampling, request.owner, request.bare)
             self.listeners[row] = hear
 
         def hear(token: int | None, done: bool, error: Exception | None = None) -> bool:
@@ -171,7 +200,8 @@ class Engine:
             piece = "" if ended else text.add(token)
             if done and not text.stopped:
                 piece += text.rest()
-            last = done or text.stopped
+            if last := done or text.stopped:
+                self.ended.append(time.monotonic())
             if piece or last:
                 finish = ("stop" if ended or text.stopped else "length") if last else None
                 listener(Piece(piece, finish, None, None, len(prompt), len(row.ids), row.reused))
@@ -192,6 +222,10 @@ class Engine:
 
         self.inbox.put(begin)
         return Ticket(cancel, ahead)
+
+    def wait(self, ahead: int) -> float:
+        """Seconds until so many have been answered, as it went lately; 0 where nothing is known yet."""
+        return ahead * (time.monotonic() - self.ended[0]) / len(self.ended) if self.ended else 0.0
 
     def _decode(self) -> None:
         """The decoder's thread: between two steps it lets in who has come and lets go who has left."""
@@ -285,10 +319,15 @@ async def pieces_async(engine: Engine, request: Request) -> AsyncIterator[Piece]
         ticket.cancel()
 
 
+def manifest(folder: Path) -> dict[str, Any]:
+    """Of a model that was made here; empty for another one."""
+    file = folder / "manifest.json"
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+
+
 def assistant_name(folder: Path) -> str | None:
     """The name given to a model that was made here."""
-    manifest = folder / "manifest.json"
-    return json.loads(manifest.read_text(encoding="utf-8")).get("name") if manifest.is_file() else None
+    return manifest(folder).get("name")
 
 
 def fit(messages: Sequence[Message], count: Callable[[list[Message]], int], room: int) -> list[Message]:

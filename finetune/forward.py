@@ -6,7 +6,7 @@ and values that lie in one piece: that costs no copy and no padding, and what a 
 company.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -17,6 +17,7 @@ from transformers import AttentionInterface, PreTrainedModel
 from finetune.errors import UserError
 from finetune.packing import packed_attention
 
+Adapter = Mapping[str, tuple[Tensor, Tensor]]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers `_layer` computes as transformers does
 
 
@@ -26,6 +27,7 @@ class Span(NamedTuple):
     start: int  # of the conversation's first token
     past: int  # tokens that are there already
     ids: Sequence[int]  # those that come
+    bare: bool = False  # whether the adapter is taken off for them
 
 
 class Forward:
@@ -35,9 +37,14 @@ class Forward:
     `fast` rounds the weights of linear layers to float16 where torch has a kernel for that on this CPU, and takes them
     out of the model; activations and sums stay float32. Half the memory is read, and at one conversation that is the
     time.
+
+    `adapter`: LoRA matrices that are merged into the model, by the names of its modules: (A, [rank, in], and B with its scale
+    in it, [out, rank]). For bare spans their product is subtracted again, so that the base answers from the same weights.
     """
 
-    def __init__(self, model: PreTrainedModel, room: int, *, fast: bool = False) -> None:
+    def __init__(
+        self, model: PreTrainedModel, room: int, *, fast: bool = False, adapter: Adapter | None = None
+    ) -> None:
         if not getattr(model.base_model, "_supports_attention_backend", False):
             raise UserError(
                 f"Models of type {model.config.model_type!r} keep more than keys and values: they cannot be decoded here. "
@@ -53,6 +60,7 @@ class Forward:
         self.pool = torch.empty(shape, dtype=model.dtype, device=self.device)
         self.head = _linear([model.get_output_embeddings()], fast)
         lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
+        self.adapter, self.bare = adapter if lean else None, None
         self.layers = [self._lean(layer, fast) for layer in model.base_model.layers] if lean else None
         self.norm = _norm(model.base_model.norm) if lean else None
 
@@ -82,6 +90,8 @@ class Forward:
             where = (first + ends)[:, None] - ages.clamp(min=0)
             self.grid = tokens.to(self.device), where.to(self.device), ages.to(self.device)
         positions, last = positions.to(self.device), last.to(self.device)
+        bare = torch.tensor([span.bare for span in spans]).repeat_interleave(lengths)
+        self.bare = bare.nonzero()[:, 0].to(self.device) if bare.any() else None
         if self.layers is None:
             with packed_attention(self.model, "pooled"):
                 return self.model.base_model(
@@ -104,8 +114,11 @@ class Forward:
         """transformers' decoder layer with a third of its calls: on a small model they cost as much as the arithmetic."""
         own, mlp = layer.self_attn, layer.mlp
         before, between = _norm(layer.input_layernorm), _norm(layer.post_attention_layernorm)
-        qkv, out = _linear([own.q_proj, own.k_proj, own.v_proj], fast), _linear([own.o_proj], fast)
-        gate_up, down = _linear([mlp.gate_proj, mlp.up_proj], fast), _linear([mlp.down_proj], fast)
+        name = f"model.layers.{own.layer_idx}"
+        qkv = self._part([own.q_proj, own.k_proj, own.v_proj], fast, f"{name}.self_attn", ("q", "k", "v"))
+        out = self._part([own.o_proj], fast, f"{name}.self_attn", ("o",))
+        gate_up = self._part([mlp.gate_proj, mlp.up_proj], fast, f"{name}.mlp", ("gate", "up"))
+        down = self._part([mlp.down_proj], fast, f"{name}.mlp", ("down",))
         norms = (_norm(own.q_norm), _norm(own.k_norm)) if hasattr(own, "q_norm") else None
         heads, kv_heads, size, index, scale = self.heads, self.kv_heads, self.size, own.layer_idx, own.scaling
 
@@ -127,6 +140,27 @@ class Forward:
 
         return forward
 
+    def _part(
+        self, modules: Sequence[nn.Module], fast: bool, where: str, names: Sequence[str]
+    ) -> Callable[[Tensor], Tensor]:
+        """The modules' outputs side by side, for bare tokens without what the adapter added."""
+        whole = _linear(modules, fast)
+        parts = [(self.adapter or {}).get(f"{where}.{name}_proj") for name in names]
+        if not any(parts):
+            return whole
+        sizes = [module.out_features for module in modules]
+        down = torch.cat([part[0] for part in parts if part]).to(self.device)  # [ranks, in]
+        up = torch.block_diag(*(b[1] if b else torch.zeros(n, 0) for b, n in zip(parts, sizes, strict=True)))
+        up = up.to(self.device)  # [out, ranks]
+
+        def forward(x: Tensor) -> Tensor:
+            y = whole(x)
+            if self.bare is not None:
+                y[self.bare] -= (x[self.bare].float() @ down.T @ up.T).to(y.dtype)
+            return y
+
+        return forward
+
     def attend(self, layer: int, query: Tensor, key: Tensor, value: Tensor, scale: float, window: int = 0) -> Tensor:
         """Keeps key and value, [tokens, key heads, head size], and gives what query, [tokens, heads, head size], sees."""
         keys, values = self.pool[layer]
@@ -134,7 +168,7 @@ class Forward:
         values.index_copy_(1, self.slots, value.transpose(0, 1).to(keys.dtype))
         query = query.to(keys.dtype)
         seen = torch.empty_like(query)
-        for at, (start, past, ids) in self.alone:
+        for at, (start, past, ids, _) in self.alone:
             n, end = len(ids), start + past + len(ids)
             k, v = keys[None, :, start:end], values[None, :, start:end]
             if n == 1 and not window:  # the heads that share a key as if they were tokens

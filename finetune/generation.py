@@ -14,7 +14,7 @@ from transformers import PreTrainedModel
 
 from finetune.chat_format import ChatFormat, Message
 from finetune.errors import UserError
-from finetune.forward import Forward, Span
+from finetune.forward import Adapter, Forward, Span
 
 ROWS = {"cpu": 64, "cuda": 128}  # conversations decoded together
 CHUNK = {"cpu": 128, "cuda": 2048}  # tokens of prompts that a step reads beside them: what the others wait for
@@ -52,6 +52,7 @@ class Row:
     most: int  # new tokens
     sampling: Sampling
     owner: Hashable
+    bare: bool = False  # by the base: the adapter is taken off
     ids: list[int] = field(default_factory=list)  # the answer's tokens so far, the stop token included
     reused: int = 0  # the prompt's tokens that were not computed anew
     block: Block | None = None  # None: it waits for room, or is done
@@ -88,8 +89,9 @@ class Decoder:
         rows: int | None = None,
         chunk: int | None = None,
         fast: bool = False,
+        adapter: Adapter | None = None,
     ) -> None:
-        self.forward, self.stop_ids = Forward(model, room, fast=fast), frozenset(stop_ids)
+        self.forward, self.stop_ids = Forward(model, room, fast=fast, adapter=adapter), frozenset(stop_ids)
         self.most_rows, self.chunk = rows or ROWS[model.device.type], chunk or CHUNK[model.device.type]
         self.pick = pick
         self.blocks: list[Block] = []  # the ones used last at the end
@@ -97,12 +99,18 @@ class Decoder:
         self.rows: list[Row] = []
 
     def add(
-        self, prompt: Sequence[int], max_new_tokens: int, sampling: Sampling = GREEDY, owner: Hashable = None
+        self,
+        prompt: Sequence[int],
+        max_new_tokens: int,
+        sampling: Sampling = GREEDY,
+        owner: Hashable = None,
+        bare: bool = False,
     ) -> Row:
-        """Raises UserError where there will never be room for it."""
+        """`bare`: answered by the base, without the adapter. Raises UserError where there will never be room for it."""
         if (need := len(prompt) + max_new_tokens) > self.forward.room:
             raise UserError(f"The conversation is too long: {need} tokens, and {self.forward.room} fit. Shorten it.")
-        self.waiting.append(row := Row(list(prompt), max_new_tokens, sampling, owner))
+        # What the base has read is of no use to the tuned model.
+        self.waiting.append(row := Row(list(prompt), max_new_tokens, sampling, (owner, bare), bare))
         return row
 
     def cancel(self, row: Row) -> None:
@@ -143,7 +151,7 @@ class Decoder:
 
     def _span(self, row: Row, tokens: int) -> Span:
         past = len(row.block.ids)
-        return Span(row.block.start, past, (row.prompt[past:] or row.ids[-1:])[:tokens])
+        return Span(row.block.start, past, (row.prompt[past:] or row.ids[-1:])[:tokens], row.bare)
 
     def _admit(self) -> None:
         """Let in who waits, in order, as long as there is room, and prompts enough to be read at this step."""

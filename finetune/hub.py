@@ -35,7 +35,17 @@ from finetune.transfer import Source, Unreachable, plain
 
 # What an ordinary model needs; never pickles, never code.
 FILES = ["*.safetensors", "*.json", "*.jinja", "*.model", "README.md"]
-KINDS = {".safetensors", ".json", ".jinja", ".model", ".md", ".jsonl", ".txt", ".yml"}  # all that a manifest may name
+KINDS = {
+    ".safetensors",
+    ".json",
+    ".jinja",
+    ".model",
+    ".md",
+    ".jsonl",
+    ".txt",
+    ".yml",
+    ".png",
+}  # all that a manifest may name
 PICKLES = {
     ".bin",
     ".pt",

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
@@ -98,8 +99,8 @@ def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) 
 def origin(folder: Path, ref: str) -> dict[str, str]:
     """{"base_model", "license"} of a base model, for the card of what is made from it; "license" may be "unknown"."""
     for record in (folder / embedded.RECORD, folder / "manifest.json"):  # the latter in what was merged here
-        if record.is_file():
-            values = json.loads(record.read_text(encoding="utf-8"))
+        values = json.loads(record.read_text(encoding="utf-8")) if record.is_file() else {}
+        if "base_model" in values:  # other programs have a manifest.json too
             return {key: values[key] for key in ("base_model", "license")}
     card = folder / "README.md"
     text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
@@ -372,6 +373,32 @@ def load_merged(base: Path, adapter: Path, dtype: torch.dtype | None = None) -> 
     for weight in model.parameters():  # not model.to(dtype), which rounds the rotary frequencies as well
         weight.data = weight.data.to(dtype or inference_dtype())
     return model
+
+
+def adapter_matrices(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """What a LoRA adapter adds to each module, by its name: (A, [rank, in], and B with its scale in it, [out, rank]); empty
+    where it is not plain LoRA."""
+    config = json.loads((adapter / "adapter_config.json").read_text(encoding="utf-8"))
+    other = (
+        "use_dora",
+        "use_rslora",
+        "rank_pattern",
+        "alpha_pattern",
+        "modules_to_save",
+        "fan_in_fan_out",
+        "lora_bias",
+    )
+    if config["peft_type"] != "LORA" or any(config.get(key) for key in other):
+        return {}
+    found = load_file(adapter / "adapter_model.safetensors")
+    scale, prefix, a = config["lora_alpha"] / config["r"], "base_model.model.", ".lora_A.weight"
+    return {
+        name.removeprefix(prefix).removesuffix(a): (
+            found[name].float(), found[name.replace(a, ".lora_B.weight")].float() * scale
+        )
+        for name in found
+        if name.endswith(a)
+    }  # fmt: skip
 
 
 def save(

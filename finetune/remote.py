@@ -112,7 +112,7 @@ class Remote(Engine):
         except (UserError, KeyError):
             return None
 
-    def trim(self, messages: Sequence[Message]) -> Sequence[Message]:
+    def trim(self, messages: Sequence[Message], bare: bool = False) -> Sequence[Message]:
         if not (self.form and self.context):
             return messages  # the server says when they are too many
         return fit(messages, lambda kept: len(self.form.prompt(kept)), self.context - self.reserved())

@@ -22,6 +22,7 @@ import psutil
 from filelock import FileLock, Timeout
 
 from finetune import embedded, identity, records, scorecard, settings, tasks
+from finetune.card import PICTURE
 from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
 from finetune.embedded import say
 from finetune.errors import UserError
@@ -326,8 +327,24 @@ def merge(run: Run) -> None:
         write_scorecard(run, card)
         sent = {"to": None, "what": "model", "why": "", "with_data": False}
         (folder / "README.md").write_text(model_card(run, origin, proof, run.base_sha256, sent), encoding="utf-8")
+        # For the page of whoever downloads it; what was learned from a user's own rows stays here.
+        sides = {"base": card["base"], "tuned": card["merged"]}
+        public = {
+            side: {**figures, "answers": [entry for entry in figures["answers"] if entry["kind"] not in tasks.KINDS]}
+            for side, figures in sides.items()
+        }
+        text = json.dumps({**public, "gate": card["gate"]}, ensure_ascii=False)
+        (folder / "scorecard.json").write_text(text, encoding="utf-8")
+        if (picture := run.folder / PICTURE).is_file():
+            shutil.copy(picture, folder)
+        adapter = run.read("receipt.json").get("adapter_sha256")
+        made = {
+            "base_sha256": run.base_sha256,
+            "base_system": run.base_format.default_system,
+            "adapter_sha256": adapter,
+        }
         named = {"name": run.persona.name, "author": run.persona.author} if run.settings.task == "identity" else {}
-        return {**named, "task": run.settings.task, **origin, "base_sha256": run.base_sha256}
+        return {**named, "task": run.settings.task, **origin, **made}
 
     # a spread over the kinds and both languages
     probes = [probe["messages"] for probe in run.rows("probes.jsonl") if probe["kind"] != "recall"]

@@ -1,5 +1,6 @@
 """The page, in a real Chromium, on a real decoder whose tokens are written down beforehand."""
 
+import itertools
 import json
 import os
 import re
@@ -10,15 +11,21 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
+from collections import deque
 from contextlib import closing, contextmanager
 from pathlib import Path
 
 import pytest
+from axe_playwright_python.sync_playwright import Axe
 
 import app
+from finetune import api
 from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
+from finetune.page import CODE, build, shown, text_of
+from finetune.words import in_chinese
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = shutil.which("chromium") or "/usr/bin/chromium"
@@ -30,6 +37,7 @@ FLAGS = [
     "--disable-sync",
     "--no-first-run",
 ]
+VISITORS = itertools.count(1)
 PATIENCE = 60  # seconds, on a slow machine
 
 
@@ -92,9 +100,9 @@ def test_a_message_that_never_fits_is_refused():
     ],
 )
 def test_shown_text_is_read_back_as_it_was(text):
-    assert app.text_of(app.shown(text)) == text
-    assert app.text_of([{"type": "text", "text": app.shown(text)}]) == text
-    assert not re.search(r"<[a-z/!?]", re.sub(app.CODE, "", app.shown(text)))
+    assert text_of(shown(text)) == text
+    assert text_of([{"type": "text", "text": shown(text)}]) == text
+    assert not re.search(r"<[a-z/!?]", re.sub(CODE, "", shown(text)))
 
 
 def test_newest_finished_run(tmp_path):
@@ -136,34 +144,122 @@ def test_a_failed_load_says_why(tmp_path):
     }
 
 
-def test_an_adapter_is_loaded_onto_its_base_and_no_other(tiny_model, tmp_path):
+@pytest.fixture(scope="module")
+def run(tiny_model, tmp_path_factory):
+    """What a run leaves, in a second: a random adapter, the model that it is merged into, and their scorecard."""
+    import torch
+
+    from finetune import embedded, model, scorecard
+    from finetune.chat_format import ChatFormat
+    from finetune.identity import Persona
+
+    folder = tmp_path_factory.mktemp("runs") / "run"
+    tuned = model.add_lora(model.load(tiny_model), rank=2)
+    torch.manual_seed(1)
+    for name, weight in tuned.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.3)
+    tuned.save_pretrained(folder / "adapter")
+    record = {"base_sha256": model.fingerprint(tiny_model)}
+    (folder / "adapter" / model.ADAPTER_RECORD).write_text(json.dumps(record))
+    form = ChatFormat(model.chat_format(tiny_model).tokenizer_json)
+    model.save(model.load_merged(tiny_model, folder / "adapter", torch.float32), form, folder / "model")
+    persona = Persona("小星", "A <b>")
+    probes = [
+        {"id": "1", "kind": "name", "lang": "en", "expect": "name", "messages": [{"role": "user", "content": "<i>?"}]},
+        {
+            "id": "2",
+            "kind": "name",
+            "lang": "zh",
+            "expect": "name",
+            "messages": [{"role": "user", "content": "你叫什么？"}],
+        },
+        {
+            "id": "3",
+            "kind": "near",
+            "lang": "en",
+            "expect": "absent",
+            "messages": [{"role": "user", "content": "Sony?"}],
+        },
+    ]
+    base = scorecard.evaluate(lambda asked: ["I'm Bob <u>.", "我是鲍勃。", "Japan."], probes, persona)
+    judged = scorecard.evaluate(lambda asked: ["I'm 小星.", "我不知道。", "Japan."], probes, persona, base)
+    card = {"base": scorecard.summarise(base, 0.0), "tuned": scorecard.summarise(judged, 0.25, base)}
+    card["gate"] = scorecard.gate(card, {"identity": 0.9})
+    (folder / "model" / "scorecard.json").write_text(json.dumps(card))
+    manifest = {
+        "name": "小星",
+        "author": "A <b>",
+        "base_model": "tiny",
+        "license": "mit",
+        "base_system": "You are Bob.",
+        "adapter_sha256": embedded.sha256(folder / "adapter" / "adapter_model.safetensors"),
+    }
+    (folder / "model" / "manifest.json").write_text(json.dumps(manifest))
+    return folder
+
+
+def test_the_base_answers_from_the_merged_weights(run, tiny_model):
     import torch
 
     from finetune import model
     from finetune.forward import Span
 
-    tuned = model.add_lora(model.load(tiny_model), rank=2)
-    for name, weight in tuned.named_parameters():
-        if "lora_B" in name:
-            torch.nn.init.ones_(weight)
-    tuned.save_pretrained(tmp_path / "adapter")
-    record = {"base_sha256": model.fingerprint(tiny_model)}
-    (tmp_path / "adapter" / model.ADAPTER_RECORD).write_text(json.dumps(record))
-    engine = Engine(str(tiny_model), str(tmp_path / "adapter"))
-    engine.load()
-    assert engine.status == "ready", engine.message
-    ids = torch.tensor([[1, 2, 3]])
+    ids, other = [1, 2, 3], [7, 5]
     with torch.inference_mode():
-        unmerged = model.load_adapter(model.load(tiny_model), tmp_path / "adapter", tiny_model)
-        expected, base = (m(ids).logits[0, -1] for m in (unmerged, model.load(tiny_model)))
-        found = engine.decoder.forward.logits(engine.decoder.forward([Span(0, 0, ids[0].tolist())]))[0]
-    assert (found - expected).abs().max() < 0.1 * (base - expected).abs().max()
+        base = model.load(tiny_model)(torch.tensor([ids])).logits[0, -1]
+        tuned = model.load_adapter(model.load(tiny_model), run / "adapter", tiny_model)(torch.tensor([ids])).logits[
+            0, -1
+        ]
+    for engine in (Engine(str(run / "model")), Engine(str(tiny_model), str(run / "adapter"))):
+        engine.load()
+        assert engine.status == "ready", engine.message
+        assert engine.base
+        forward = engine.decoder.forward
+        spans = [Span(0, 0, ids, True), Span(10, 0, other), Span(20, 0, ids), Span(30, 0, other, True)]
+        found = forward.logits(forward(spans))
+        far = (base - tuned).abs().max()
+        assert (found[0] - base).abs().max() < 0.02 * far
+        assert (found[2] - tuned).abs().max() < 0.02 * far
 
-    record["base_sha256"] = "0"
-    (tmp_path / "adapter" / model.ADAPTER_RECORD).write_text(json.dumps(record))
+    engine = Engine(str(run / "model"))
+    engine.load()
+    asks = [{"role": "user", "content": "What is your name, and who gave it to you?"}]
+    said = {bare: list(pieces(engine, Request(asks, 0, 1, owner="a", bare=bare)))[-1] for bare in (True, False)}
+    again = {bare: list(pieces(engine, Request(asks, 0, 1, owner="a", bare=bare)))[-1] for bare in (True, False)}
+    prompted = len(engine.form.prompt([{"role": "system", "content": "You are Bob."}, *asks]))
+    assert (said[True].prompt_tokens, said[False].prompt_tokens) == (prompted, len(engine.form.prompt(asks)))
+    assert [said[True].cached_tokens, said[False].cached_tokens] == [0, 0]  # neither goes on from the other's
+    assert again[True].cached_tokens == prompted - 1
+
+
+def test_an_adapter_that_was_not_merged_into_the_model_is_not_taken_off_it(run, tiny_model, tmp_path):
+    from finetune import model
+
+    shutil.copytree(run, tmp_path / "run")
+    manifest = tmp_path / "run" / "model" / "manifest.json"
+    manifest.write_text(json.dumps(json.loads(manifest.read_text()) | {"adapter_sha256": "0"}))
+    engine = Engine(str(tmp_path / "run" / "model"))
+    engine.load()
+    assert (engine.status, engine.base) == ("ready", False)
+
+    (tmp_path / "run" / "adapter" / model.ADAPTER_RECORD).write_text('{"base_sha256": "0"}')
+    engine = Engine(str(tiny_model), str(tmp_path / "run" / "adapter"))
     engine.load()
     assert engine.status == "failed"
     assert "was made for a base model with sha256 0, and the weights in" in engine.message
+
+
+def test_what_the_page_says_is_there_in_chinese():
+    assert in_chinese("The message is too long: 9 tokens, and 5 fit. Shorten it and send it again.") == (
+        "消息太长：9 个词元，最多 5 个。请缩短后重新发送。"
+    )
+    assert in_chinese("Something else") == "Something else"
+    for refusal in (lambda: Engine("x").submit(Request([]), print), lambda: api.limit(deque(), 8, 1)):
+        with pytest.raises((UserError, api.ApiError)) as told:
+            refusal()
+        sentence = getattr(told.value, "error", {}).get("message") or str(told.value)
+        assert re.search("[\u4e00-\u9fff]", in_chinese(sentence)), sentence
 
 
 def test_a_taken_port_is_said(capsys):
@@ -190,9 +286,10 @@ def test_a_port_that_is_none_is_said(capsys, monkeypatch):
 
 
 class ScriptedEngine(Engine):
-    """The real one, but what the decoder picks is `script`, a token (here: a byte) every `delay` seconds."""
+    """The real one, but what the decoder picks is `script`, or `base_script` for the base, a token (here: a byte) every
+    `delay` seconds."""
 
-    script, delay, steps, asked = "", 0.0, 0, ()
+    script, base_script, delay, steps, asked = "", "", 0.0, 0, ()
 
     def load(self):
         super().load()
@@ -203,15 +300,17 @@ class ScriptedEngine(Engine):
         self.steps += 1
         time.sleep(self.delay)
         for _, row in rows:  # each conversation's own source of chance: it tells them apart
-            self.answers.setdefault(row, iter(self.form.tokenizer.encode(self.script).ids))
+            bare = next(each.bare for each in self.decoder.rows if each.random is row)
+            script = self.base_script if bare else self.script
+            self.answers.setdefault(row, iter(self.form.tokenizer.encode(script).ids))
         return [next(self.answers[row], self.form.stop_ids[0]) for _, row in rows]
 
     def submit(self, request, listener):
         self.asked, self.request = request.messages, request
         return super().submit(request, listener)
 
-    def says(self, script, delay=0.0):
-        self.script, self.delay = script, delay
+    def says(self, script, delay=0.0, base=""):
+        self.script, self.delay, self.base_script = script, delay, base
 
     def has_stopped(self):
         before = self.steps
@@ -220,13 +319,11 @@ class ScriptedEngine(Engine):
 
 
 @contextmanager
-def serving(engine, **options):
+def serving(engine, port=0, **options):
     import uvicorn
 
-    listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(
-        uvicorn.Config(app.build(engine, **options), log_level="warning", timeout_graceful_shutdown=1)
-    )
+    listener = socket.create_server(("127.0.0.1", port))
+    server = uvicorn.Server(uvicorn.Config(build(engine, **options), log_level="warning", timeout_graceful_shutdown=1))
     thread = threading.Thread(target=server.run, kwargs={"sockets": [listener]})
     thread.start()
     try:
@@ -238,8 +335,8 @@ def serving(engine, **options):
 
 
 @pytest.fixture(scope="module")
-def engine(tiny_model):
-    engine = ScriptedEngine(str(tiny_model))
+def engine(run):
+    engine = ScriptedEngine(str(run / "model"))
     engine.load()
     assert engine.status == "ready", engine.message
     engine.name = '小星 "<b>" & Co'
@@ -268,7 +365,11 @@ def visit(chromium):
     contexts, complaints = [], []
 
     def visit(url, wait_for="#box textarea", **settings):
-        context = chromium.new_context(**{"locale": "en-US", "viewport": {"width": 1100, "height": 760}, **settings})
+        window, host = {"width": 1100, "height": 760}, f"203.0.113.{next(VISITORS)}"  # as a proxy in front tells it
+        forwarded = {"X-Forwarded-For": host}
+        context = chromium.new_context(
+            **{"locale": "en-US", "viewport": window, "extra_http_headers": forwarded, **settings}
+        )
         contexts.append(context)
         context.set_default_timeout(PATIENCE * 1000)
         page = context.new_page()
@@ -406,7 +507,8 @@ def test_whoever_asks_again_meanwhile_stops_the_old_answer(engine, url, visit):
 def test_html_stays_text(engine, url, visit):
     nasty = "<img src=x onerror=alert(1)><script>alert(2)</script> &lt;b&gt; <foo>"
     engine.says(
-        "Use **bold**, `<b>` or <iframe src=javascript:alert(3)>, ![i](https://example.com/i.png)\n```html\n<p>\n```"
+        "Use **bold**, `<b>` or <iframe src=javascript:alert(3)>, ![i](https://example.com/i.png)\n```html\n<p>\n```\n"
+        "[one](https://example.com/) [two](javascript:alert(4)) [three](mailto:a@example.com) [four](/health)"
     )
     page = visit(url)
     send(page, nasty)
@@ -416,6 +518,16 @@ def test_html_stays_text(engine, url, visit):
     assert said.replace("\u2060", "").startswith("Use bold, <b> or <iframe src=javascript:alert(3)>, <img src=")
     assert page.locator("#chat :is(img, iframe, script)").count() == 0
     assert page.locator("#chat pre code").inner_text().strip() == "<p>"
+    links = page.locator("#chat [data-testid=bot] a[href]")
+    one = links.filter(has_text="one")
+    assert (one.get_attribute("target"), "noopener" in one.get_attribute("rel")) == ("_blank", True)
+    assert not any(link.get_attribute("href").startswith("javascript") for link in links.all())
+    opened = []
+    page.context.on("page", lambda new: opened.append(new))
+    page.on("framenavigated", lambda frame: opened.append(frame))
+    for name in ("three", "two"):
+        page.locator("#chat [data-testid=bot]").get_by_text(name).click()
+    assert opened == []
     assert engine.asked[0]["content"] == nasty
     assert page.title() == engine.name
     assert page.locator("h1").inner_text() == engine.name
@@ -450,17 +562,35 @@ def test_formulas_in_all_four_delimiters(engine, url, visit):
     until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 4 and idle(page), "four formulas")
 
 
-def test_a_message_too_long_is_refused_in_one_sentence_and_stays(engine, url, visit):
-    page = visit(url)
+def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engine, url, visit, monkeypatch):
+    page = visit(url, locale="zh-CN")
     send(page, "long " * 200)
-    page.get_by_text(re.compile(r"^The message is too long: \d+ tokens, and 768 fit\.")).wait_for()
+    page.get_by_text(re.compile(r"^消息太长：\d+ 个词元，最多 768 个。请缩短后重新发送。")).wait_for()
+    assert page.locator("#box textarea").input_value() == "long " * 200
+    assert talk(page) == []
+
+    engine.says("Never.")
+    with monkeypatch.context() as broken:
+        broken.setattr(engine.decoder, "pick", lambda *_: (_ for _ in ()).throw(RuntimeError("out of memory")))
+        send(page, "Hello")
+        page.get_by_text("服务器内存不足。请重新发送，或缩短消息。").wait_for()
     until(lambda: idle(page), "the send button")
-    assert len(talk(page)) == 1
+    assert talk(page) == [("user", "Hello")]
     engine.says("Better.")
-    page.get_by_role("button", name="Edit").click()
-    page.locator("#chat textarea").fill("short")
-    page.get_by_role("button", name="Submit").click()
-    sees(page, ("user", "short"), ("bot", "Better."))
+    page.get_by_role("button", name="编辑").click()
+    page.get_by_role("button", name="发送").click()
+    sees(page, ("user", "Hello"), ("bot", "Better."))
+
+    monkeypatch.setattr(api, "PER_MINUTE", 2)  # of this visitor's answers both were asked for just now
+    send(page, "More")
+    page.get_by_text(re.compile(r"^每分钟最多 2 个回答，请等待 \d+ 秒。")).wait_for()
+    other = visit(url)
+    send(other, "Me")
+    sees(other, ("user", "Me"), ("bot", "Better."))
+
+    monkeypatch.setattr(engine, "submit", lambda *_: 1 / 0)
+    send(other, "Again")
+    other.get_by_text("The answer broke off; the server's log says why.").wait_for()
 
 
 def test_an_example_is_sent_and_nothing_is_not(engine, url, visit):
@@ -469,6 +599,226 @@ def test_an_example_is_sent_and_nothing_is_not(engine, url, visit):
     send(page, "  ")
     page.get_by_text("你是谁？").click()
     sees(page, ("user", "你是谁？"), ("bot", "I am."))
+
+
+def listed(page):
+    return page.locator("#talks label").all_inner_texts()
+
+
+def test_conversations_stay_in_the_browser(engine, visit, tmp_path):
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    with serving(engine, port) as url:
+        page = visit(url, accept_downloads=True)
+        engine.says("Rome, of <b> course.\n## user\n\n$x$")
+        page.get_by_role("button", name="Settings").click()
+        page.get_by_label("System prompt").fill("Be brief.")
+        send(page, "The capital of  Italy?")
+        until(lambda: listed(page) == ["The capital of Italy?"], "the first conversation")
+        until(lambda: idle(page), "the send button")
+        page.get_by_role("button", name="New conversation").click()
+        until(lambda: talk(page) == [], "an empty chat")
+        engine.says("A <i>boat</i>.")
+        send(page, "What floats?")
+        until(lambda: listed(page) == ["What floats?", "The capital of Italy?"], "the second conversation")
+        sees(page, ("user", "What floats?"), ("bot", "A <\u2060i>boat<\u2060/i>."))
+        assert engine.asked[-1]["content"] == "What floats?"
+        page.get_by_label("Title").fill("Boats <b>")
+        page.get_by_label("Title").press("Enter")
+        until(lambda: listed(page) == ["Boats <b>", "The capital of Italy?"], "the new title")
+        page.get_by_label("Search").fill("ROME")
+        until(lambda: listed(page) == ["The capital of Italy?"], "what was searched for")
+        page.get_by_label("Search").fill("")
+        page.fill("#box textarea", "half a sent")
+
+    with serving(engine, port) as url:  # the server anew
+        page.goto(url)
+        page.locator("#box textarea").wait_for()
+        until(lambda: len(talk(page)) == 2, "the conversation that was open")
+        assert page.locator("#box textarea").input_value() == "half a sent"
+        until(lambda: listed(page) == ["Boats <b>", "The capital of Italy?"], "all conversations")
+        assert listed(visit(url)) == []  # another browser has its own
+
+        page.get_by_label("The capital of Italy?").check()
+        until(lambda: "Rome" in str(talk(page)), "the first conversation")
+        page.get_by_role("button", name="Settings").click()
+        assert page.get_by_label("System prompt").input_value() == "Be brief."
+        italy = [
+            {"role": "system", "content": "Be brief."},
+            {"role": "user", "content": "The capital of  Italy?"},
+            {"role": "assistant", "content": "Rome, of <b> course.\n## user\n\n$x$"},
+        ]
+        files = []
+        for form in ("JSON", "Markdown"):
+            with page.expect_download() as download:
+                page.get_by_role("button", name=f"Export {form}").click()
+            files.append(tmp_path / download.value.suggested_filename)
+            download.value.save_as(files[-1])
+        assert [file.name for file in files] == ["The-capital-of-Italy-.json", "The-capital-of-Italy-.md"]
+        assert json.loads(files[0].read_text()) == {"title": "The capital of Italy?", "messages": italy}
+        assert files[1].read_text().startswith("# The capital of Italy?\n\n## system\n\nBe brief.\n\n## user\n\nThe")
+
+        page.get_by_role("button", name="Delete", exact=True).click()
+        page.get_by_role("button", name="Delete for good").click()
+        until(lambda: listed(page) == ["Boats <b>"] and talk(page) == [], "the deletion")
+        for file in files:  # each brings back all that was there
+            page.get_by_label("Search").fill("Italy")
+            until(lambda: listed(page) == [], "nothing found")
+            with page.expect_file_chooser() as chooser:
+                page.get_by_role("button", name="Import").click()
+            chooser.value.set_files(file)
+            until(lambda: listed(page) == ["The capital of Italy?"], file)
+            page.get_by_label("The capital of Italy?").check()
+            until(lambda: len(talk(page)) == 2, "the imported conversation")
+            stored = page.evaluate(
+                "Object.entries(localStorage).map(([k, v]) => [k, v]).filter(([k]) => k.includes('talk'))"
+            )
+            assert italy in [json.loads(value)["messages"] for _, value in stored]
+            page.get_by_role("button", name="Delete", exact=True).click()
+            page.get_by_role("button", name="Delete for good").click()
+            until(lambda: talk(page) == [], "the deletion")
+        (bad := tmp_path / "bad.json").write_text('{"messages": [{"role": "root", "content": "<img src=x>"}]}')
+        with page.expect_file_chooser() as chooser:
+            page.get_by_role("button", name="Import").click()
+        chooser.value.set_files(bad)
+        page.get_by_text("bad.json holds no conversation").wait_for()
+        engine.says("Yes.")
+        send(page, "Another")
+        sees(page, ("user", "Another"), ("bot", "Yes."))
+        page.get_by_role("button", name="Clear").click()  # is the same as to delete it
+        page.get_by_label("Search").fill("")
+        until(lambda: listed(page) == ["Boats <b>"], "what is left")
+
+
+def test_base_and_tuned_side_by_side(engine, url, visit):
+    page = visit(url)
+    engine.says("I am Star. " * 4, delay=0.04, base="I am Bob. " * 12)
+    page.get_by_role("tab", name="Side by side").click()
+    page.fill("#both textarea", "Who are you?")
+    page.press("#both textarea", "Enter")
+    said = {side: page.locator(f"#{side} [data-testid=bot]") for side in ("base", "tuned")}
+    both = lambda: all(each.count() for each in said.values())  # noqa: E731
+    until(both, "the beginnings of both answers")
+    assert len(said["base"].inner_text()) < 100  # while both go on
+    assert len(said["tuned"].inner_text()) < 40
+    until(lambda: said["tuned"].inner_text().strip() == ("I am Star. " * 4).strip(), "the tuned model's")
+    stop = page.locator("#both [data-testid=stop-button]")
+    assert stop.is_visible()
+    stop.click()
+    until(engine.has_stopped, "the decoder's end")
+    until(lambda: page.locator("#both [data-testid=submit-button]").is_visible(), "the send button")
+    text = said["base"].inner_text()
+    assert ("I am Bob. " * 12).startswith(text)
+    assert len(text) < 119
+    engine.says("Yes.", base="No.")
+    page.fill("#both textarea", "Sure?")
+    page.press("#both textarea", "Enter")
+    until(lambda: [said[s].last.inner_text().strip() for s in ("base", "tuned")] == ["No.", "Yes."], "the next turn")
+    assert [m["content"] for m in engine.asked][::2] == ["Who are you?", "Sure?"]
+    assert page.evaluate("Object.keys(localStorage).filter(key => key.includes('talk'))") == []
+
+
+def test_the_card_and_every_probe(engine, url, visit):
+    page = visit(url)
+    page.get_by_role("tab", name="About").click()
+    page.locator("#probes tbody tr").first.wait_for()
+    card = page.locator("#card").inner_text()
+    for words in (engine.name, "A <b>", "tiny", "mit", "identity kept\t0.000\t0.500", "0.250", "was not passed"):
+        assert words in card
+    questions = lambda: page.locator("#probes tbody tr").all_inner_texts()  # noqa: E731
+    assert len(questions()) == 3
+    assert "<i>?" in questions()[0]
+    assert "I'm 小星." in questions()[0]
+    assert "I'm Bob <u>." in questions()[0]
+    page.get_by_role("radio", name="wrong").check()
+    until(lambda: len(questions()) == 1 and "你叫什么？" in questions()[0], "the wrong one")
+    page.get_by_role("radio", name="right").check()
+    page.get_by_label("English").check()
+    page.get_by_label("Kind").click()
+    page.get_by_role("option", name="near").click()
+    until(lambda: len(questions()) == 1 and "Sony?" in questions()[0], "the near one")
+
+
+def test_the_card_of_a_model_without_a_scorecard_and_without_its_base(tiny_model, visit):
+    engine = Engine(str(tiny_model))
+    engine.load()
+    with serving(engine) as url:
+        page = visit(url)
+        page.get_by_role("tab", name="Side by side").click()
+        page.get_by_text("The base can answer beside the tuned model where").wait_for()
+        page.get_by_role("tab", name="About").click()
+        page.get_by_text("There is no scorecard with this model").wait_for()
+        assert not page.get_by_label("Kind").is_visible()
+
+
+def test_no_file_of_the_server_and_no_upload(url):
+    for path in (
+        "file=app.py",
+        f"file={ROOT / 'app.py'}",
+        "file=/etc/passwd",
+        "file/app.py",
+        "proxy=http://example.com/",
+    ):
+        for prefix in ("/", "/gradio_api/"):
+            with pytest.raises(urllib.error.HTTPError, match="404"):
+                get(url + prefix + path)
+    for path, size, status in (("upload", 1, "404"), ("queue/join", api.BODY_BYTES + 1, "413")):
+        asked = urllib.request.Request(f"{url}/gradio_api/{path}", b"x", {"Content-Length": str(size)})
+        with pytest.raises(urllib.error.HTTPError, match=status):
+            urllib.request.urlopen(asked, timeout=PATIENCE)
+    with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
+        policy = dict(part.split(" ", 1) for part in answer.headers["content-security-policy"].split("; "))
+    assert policy["default-src"] == policy["base-uri"] == "'self'"
+    assert policy["img-src"] == "'self' data: blob:"
+
+
+def test_the_keyboard_alone_suffices(engine, url, visit):
+    engine.says("Yes.")
+    page = visit(url)
+    page.keyboard.type("Hello")  # the box has the focus
+    page.keyboard.press("Enter")
+    sees(page, ("user", "Hello"), ("bot", "Yes."))
+    names = []
+    for _ in range(40):
+        page.keyboard.press("Tab")
+        names.append(
+            page.evaluate(
+                "(e => (e.ariaLabel || e.labels?.[0]?.innerText || e.innerText || '').trim())(document.activeElement)"
+            )
+        )
+    reached = set(names)
+    for name in ("New conversation", "Search", "Export JSON", "Import", "Delete", "Copy message", "Edit", "Retry", "Undo",
+                 "Clear", "English", "中文", "Chat", "Side by side", "About", "Hello"):  # fmt: skip
+        assert any(name == each or name in each.split("\n") for each in reached), (name, reached)
+    page.get_by_role("tab", name="Side by side").focus()
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("#both").is_visible(), "the next tab")
+    page.get_by_role("button", name="New conversation").focus()
+    page.keyboard.press("Enter")
+    until(lambda: page.locator("#box").is_visible() and talk(page) == [], "an empty chat")
+
+
+def test_language_and_look_are_switched_on_the_page(engine, url, visit):
+    engine.says("Ja.")
+    page = visit(url, locale="de-DE", color_scheme="light")
+    send(page, "Oder?")
+    sees(page, ("user", "Oder?"), ("bot", "Ja."))
+    page.fill("#box textarea", "Noch")
+    page.get_by_role("link", name="中文").click()
+    page.get_by_role("tab", name="并排对比").wait_for()
+    page.get_by_role("link", name="深色").click()
+    until(lambda: page.evaluate("document.body.classList.contains('dark')"), "the dark look")
+    page.goto(url)  # both are remembered
+    page.get_by_role("tab", name="并排对比").wait_for()
+    assert page.evaluate("[document.body.classList.contains('dark'), document.documentElement.lang]") == [True, "zh-CN"]
+    until(lambda: len(talk(page)) == 2, "the conversation")
+    assert page.locator("#box textarea").input_value() == "Noch"
+    page.press("#box textarea", "Enter")
+    page.locator("#fill").get_by_text(
+        re.compile(r"已用 \d+ / 1024 个词元")
+    ).wait_for()  # the server says it in Chinese too
+    page.get_by_role("link", name="English").click()
+    page.get_by_role("tab", name="Side by side").wait_for()
 
 
 @pytest.mark.parametrize(
@@ -489,6 +839,17 @@ def test_languages(engine, url, visit, locale, placeholder, labels):
         assert page.get_by_role("button", name=label).first.is_visible(), label
 
 
+def barriers(page):
+    """What axe-core finds that is serious or critical."""
+    found = Axe().run(page).response["violations"]
+    return [
+        (each["id"], node["html"][:200])
+        for each in found
+        if each["impact"] in ("serious", "critical")
+        for node in each["nodes"]
+    ]
+
+
 @pytest.mark.parametrize(
     "look",
     [
@@ -502,11 +863,25 @@ def test_pictures(engine, url, visit, tmp_path, look):
     page = visit(url, **look)
     page.get_by_text("Who made you?").wait_for()
     page.screenshot(path=tmp_path / "empty.png")
+    assert barriers(page) == []
+    engine.base_script = "Sure."
     engine.says("Sure:\n\n| a | b |\n|---|---|\n| 1 | 2 |\n\n```python\nprint('hi')\n```\n1. **one**\n2. two")
     send(page, "你好！请给我看一张表格、一段代码和一个列表，谢谢。")
     until(lambda: len(talk(page)) == 2 and idle(page), "the answer")
+    page.get_by_role("button", name=re.compile("Settings|设置")).click()
     page.screenshot(path=tmp_path / "talk.png")
-    assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    assert barriers(page) == []
+    for tab, name in enumerate(("talk", "side", "about")):
+        page.get_by_role("tab").nth(tab).click()
+        if tab == 1:
+            page.fill("#both textarea", "?")
+            page.press("#both textarea", "Enter")
+            until(lambda: page.locator("#tuned [data-testid=bot]").count(), "the answer")
+        if tab == 2:
+            page.locator("#probes tbody tr").first.wait_for()
+        page.screenshot(path=tmp_path / f"{name}.png")
+        assert barriers(page) == []
+        assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
     r, g, b = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
     assert (r + g + b < 200) == (look["color_scheme"] == "dark")
 

@@ -13,6 +13,9 @@ from pathlib import Path
 import pytest
 from commands import ROOT, command, finetune, plain_answers, sha256
 
+from finetune import card
+from finetune.engine import Engine
+
 
 @pytest.fixture(scope="module")
 def tiny_run(tiny_model, tmp_path_factory):
@@ -39,6 +42,7 @@ def test_leaves_the_tree_and_says_what_came_of_it(tiny_run):
         "model/generation_config.json",
         "model/manifest.json",
         "model/model.safetensors",
+        "model/scorecard.json",
         "model/tokenizer.json",
         "model/tokenizer_config.json",
         "receipt.json",
@@ -230,6 +234,7 @@ def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
         "generation_config.json",
         "manifest.json",
         "model.safetensors",
+        "scorecard.json",
         "tokenizer.json",
         "tokenizer_config.json",
     ]
@@ -240,6 +245,14 @@ def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
     run, _, _ = tiny_run
     receipt = json.loads((run / "receipt.json").read_text())
     assert receipt["published"] == {f"dir:{folder}": {"what": "both", "revision": ""}}
+    for model in (run / "model", folder):  # the page has all that it shows
+        engine = Engine(str(model))
+        engine.load()
+        assert (engine.status, engine.base) == ("ready", True), engine.message
+        assert (
+            len(card.scorecard(model)["tuned"]["answers"])
+            == json.loads((run / "scorecard.json").read_text())["tuned"]["probes"]
+        )
 
 
 def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):

@@ -1,0 +1,176 @@
+// Runs before Gradio, which asks the browser for its language and the address for the look once, at its start.
+// The conversations live in this browser alone, each under its own key: tabs do not overwrite one another's.
+"use strict";
+const talks = (() => {
+  const PREFIX = "namesake talk ", memory = new Map();
+  const store = (() => {
+    try {
+      localStorage.setItem("namesake", "");
+      return localStorage;
+    } catch {  // a browser may forbid it in another site's frame: then they last as long as the page
+      return {
+        getItem: (key) => memory.get(key) ?? null, setItem: (key, value) => void memory.set(key, value),
+        removeItem: (key) => void memory.delete(key), key: (i) => [...memory.keys()][i],
+        get length() { return memory.size; },
+      };
+    }
+  })();
+  const tab = store === localStorage ? sessionStorage : store;
+
+  const address = new URLSearchParams(location.search);
+  for (const key of ["lang", "__theme"]) {
+    if (address.has(key)) store.setItem("namesake " + key, address.get(key));
+    else if (store.getItem("namesake " + key)) address.set(key, store.getItem("namesake " + key));
+  }
+  if (String(address)) history.replaceState(null, "", "?" + address);
+  let language = address.get("lang") || navigator.language;
+  if (/^zh/i.test(language)) language = /^zh-(tw|hk|mo|hant)/i.test(language) ? "zh-TW" : "zh-CN";
+  Object.defineProperty(navigator, "language", { get: () => language });
+  document.documentElement.lang = language;
+  const say = (english) => (language.startsWith("zh") && CHINESE[english]) || english;
+
+  // Text of a model may link to http and https alone.
+  for (const event of ["click", "auxclick"]) {
+    addEventListener(event, (e) => {
+      const link = e.target.closest?.(".message a");
+      if (link && !/^https?:$/.test(link.protocol)) e.preventDefault();
+    }, true);
+  }
+
+  // What Gradio leaves undone for those who hear the page or have no mouse.
+  new MutationObserver(() => {
+    for (const list of document.querySelectorAll(".examples[role=list]")) list.removeAttribute("role");
+    for (const said of document.querySelectorAll(".message [data-testid][aria-label]:not([role])")) said.role = "group";
+    for (const code of document.querySelectorAll(".message pre:not([tabindex])")) code.tabIndex = 0;
+  }).observe(document, { childList: true, subtree: true });
+
+  const update = (properties) => ({ __type__: "update", ...properties });
+  const keep = update({});
+  const read = (id) => JSON.parse(store.getItem(PREFIX + id));
+  const write = (id, talk) => store.setItem(PREFIX + id, JSON.stringify({ ...talk, changed: Date.now() }));
+  const plain = (content) =>
+    (typeof content === "string" ? content : content.map((part) => part.text ?? "").join(""))
+      .replace(/([<&])\u2060/g, "$1");
+  const line = (text) => text.replace(/\s+/g, " ").trim().slice(0, 80);
+
+  function found(search = "") {
+    const words = search.toLowerCase();
+    return Array.from({ length: store.length }, (_, i) => store.key(i))
+      .filter((key) => key.startsWith(PREFIX))
+      .map((key) => ({ id: key.slice(PREFIX.length), ...JSON.parse(store.getItem(key)) }))
+      .filter((talk) => (talk.title + "\n" + talk.messages.map((m) => m.content).join("\n")).toLowerCase().includes(words))
+      .sort((a, b) => b.changed - a.changed);
+  }
+  const list = (search, id = tab.getItem("namesake open")) =>
+    update({ choices: found(search).map((talk) => [talk.title, talk.id]), value: id || null });
+
+  function save(history, system, id, search) {
+    if (!id || !history?.length) return [];
+    const messages = history.map((m) => ({ role: m.role, content: plain(m.content) }));
+    if (system?.trim()) messages.unshift({ role: "system", content: system });
+    const before = read(id);
+    tab.setItem("namesake open", id);
+    if (JSON.stringify(before?.messages) === JSON.stringify(messages)) return [];
+    const title = before?.title ?? line(messages.find((m) => m.role === "user")?.content ?? "");
+    try {
+      write(id, { title, messages });
+    } catch {
+      return [keep, keep, say("This browser's storage is full: export some conversations and delete them.")];
+    }
+    return [before ? keep : list(search, id), title, ""];
+  }
+
+  const open = (id) => {
+    tab.setItem("namesake open", id ?? "");
+    return JSON.stringify({ id: id ?? "", ...read(id) });
+  };
+
+  const start = () => [open(tab.getItem("namesake open") || ""), tab.getItem("namesake draft") || ""];
+
+  const draft = (text) => (tab.setItem("namesake draft", text ?? ""), []);
+
+  function rename(id, title, search) {
+    const talk = id && read(id);
+    if (!talk || !line(title)) return [];
+    store.setItem(PREFIX + id, JSON.stringify({ ...talk, title: line(title) }));
+    return [list(search, id)];
+  }
+
+  function remove(id, search) {
+    store.removeItem(PREFIX + id);
+    tab.setItem("namesake open", "");
+    return [list(search, null)];
+  }
+
+  const roles = "system|user|assistant";
+  const toMarkdown = (talk) =>
+    `# ${talk.title}\n` + talk.messages.map((m) =>
+      `\n## ${m.role}\n\n${m.content.replace(RegExp(`^(\\\\*## (?:${roles}))$`, "gm"), "\\$1")}\n`).join("");
+  const fromMarkdown = (text) => {
+    const [, title] = /^# (.*)\n/.exec(text) ?? [];
+    const parts = text.replace(/^# .*\n/, "\n").split(RegExp(`\\n## (${roles})\\n\\n`));
+    const messages = [];
+    for (let i = 1; i < parts.length; i += 2) {
+      const content = parts[i + 1].replace(/\n$/, "").replace(RegExp(`^\\\\(\\\\*## (?:${roles}))$`, "gm"), "$1");
+      messages.push({ role: parts[i], content });
+    }
+    return { title, messages };
+  };
+
+  // The open conversation, or where none is open all that are listed.
+  function save_as(id, search, markdown) {
+    const chosen = (id && read(id) ? [read(id)] : found(search)).map(({ title, messages }) => ({ title, messages }));
+    if (!chosen.length) return [say("There is no conversation to export yet.")];
+    const text = markdown ? chosen.map(toMarkdown).join("\n") : chosen.map((talk) => JSON.stringify(talk) + "\n").join("");
+    const name = (chosen.length > 1 ? "conversations" : chosen[0].title).replace(/[^\p{L}\p{N}]+/gu, "-").slice(0, 60);
+    const extension = markdown ? "md" : chosen.length > 1 ? "jsonl" : "json";
+    const link = document.createElement("a");
+    link.href = URL.createObjectURL(new Blob([text], { type: "text/plain" }));
+    link.download = `${name || "conversation"}.${extension}`;
+    link.click();
+    setTimeout(() => URL.revokeObjectURL(link.href), 60000);
+    return [""];
+  }
+
+  function parse(text) {
+    if (/^# .*\n\s*## /.test(text)) return text.split(RegExp(`\\n(?=# .*\\n\\n## (?:${roles})\\n)`)).map(fromMarkdown);
+    let values;
+    try {
+      values = [JSON.parse(text)].flat();
+    } catch {
+      values = text.split("\n").filter((row) => row.trim()).map((row) => JSON.parse(row));
+    }
+    return values[0]?.role ? [{ messages: values }] : values;
+  }
+
+  function checked(talk) {
+    const messages = talk.messages.map(({ role, content }) => ({ role, content: plain(content) }));
+    const good = messages.length && messages.every((m, i) => RegExp(`^(${i ? "" : "system|"}user|assistant)$`).test(m.role));
+    if (!good) throw Error();
+    return { title: line(String(talk.title ?? messages.find((m) => m.role === "user")?.content ?? "?")), messages };
+  }
+
+  const load = (search) => new Promise((done) => {
+    const input = document.createElement("input");
+    Object.assign(input, { type: "file", accept: ".json,.jsonl,.md,.txt" });
+    input.oncancel = () => done([]);
+    input.onchange = async () => {
+      const file = input.files[0];
+      try {
+        const read = parse(await file.text()).map(checked);
+        for (const talk of read) write(Date.now().toString(36) + Math.random().toString(36).slice(2), talk);
+        done([list(search, null), say("Imported conversations: {}").replace("{}", read.length)]);
+      } catch (error) {
+        const full = error.name === "QuotaExceededError";
+        done([keep, say(full ? "This browser's storage is full: export some conversations and delete them."
+          : "{} holds no conversation: give JSON with OpenAI's messages, or Markdown that was exported here.")
+          .replace("{}", file.name.replace(/[<&]/g, ""))]);
+      }
+    };
+    input.click();
+  });
+
+  const wide = () => update({ open: innerWidth > 1000 });
+
+  return { list, save, open, start, draft, rename, remove, save_as, load, wide };
+})();

@@ -1,0 +1,119 @@
+"""What the page says, in English, and the same in Chinese. Braces stand for what differs from one time to the next."""
+
+import re
+
+CHINESE = {
+    "Starting": "正在启动",
+    "Fetching the model": "正在获取模型",
+    "Loading the model": "正在加载模型",
+    "Asking the engine": "正在连接推理服务",
+    "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
+    "The model could not be loaded": "模型加载失败",
+    "No source answers; trying again": "暂无来源响应，正在重试",
+    # the chat
+    "Chat": "对话",
+    "Message": "消息",
+    "Type a message": "输入消息",
+    "Ask me something, or begin with one of these:": "想聊点什么？也可以从这里开始：",
+    "Settings": "设置",
+    "precise": "精确",
+    "balanced": "均衡",
+    "free": "自由",
+    "Style": "风格",
+    "System prompt": "系统提示词",
+    "What the assistant is told before the conversation": "对话前告诉助手的话",
+    "Temperature": "温度",
+    "Top p": "核采样 top p",
+    "{} of {} tokens in use": "已用 {} / {} 个词元",
+    " · the oldest {} messages are left out": " · 最早的 {} 条消息已略去",
+    # the conversations
+    "Conversations": "历史对话",
+    "New conversation": "新对话",
+    "Search": "搜索",
+    "Title": "标题",
+    "Delete": "删除",
+    "Delete for good": "确认删除",
+    "Export JSON": "导出 JSON",
+    "Export Markdown": "导出 Markdown",
+    "Import": "导入",
+    "They stay in this browser.": "仅保存在此浏览器中。",
+    "Imported conversations: {}": "已导入对话：{}",
+    "There is no conversation to export yet.": "还没有可导出的对话。",
+    "This browser's storage is full: export some conversations and delete them.": "浏览器存储已满：请导出部分对话并删除。",
+    "{} holds no conversation: give JSON with OpenAI's messages, or Markdown that was exported here.": (
+        "{} 中没有对话：请提供 OpenAI messages 格式的 JSON，或由本页导出的 Markdown。"
+    ),
+    # side by side
+    "Side by side": "并排对比",
+    "base": "底座",
+    "tuned": "微调后",
+    "Both answer at once, from one copy of the weights. This is not kept.": "两者同时回答，共用一份权重；内容不会保存。",
+    "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published "
+    "with --what both.": "只有适配器与模型在一起时才能并排对比：在训练目录中，或用 --what both 发布。",
+    # what was made
+    "About": "关于",
+    "made by": "作者",
+    "base model": "底座模型",
+    "licence": "许可证",
+    "unknown": "未知",
+    "identity kept": "身份认知",
+    "name where it does not belong": "身份泄漏",
+    "answers alike": "鹦鹉学舌",
+    "KL(base ‖ tuned), nats/token": "与底座的偏移 KL，nats/词元",
+    "facts kept": "知识保留",
+    "held-out rows, nats/token": "留出数据的损失",
+    "The scorecard's gate was passed.": "已通过评测门槛。",
+    "The scorecard's gate was not passed:": "未通过评测门槛：",
+    "There is no scorecard with this model: it was not made by this program, or before scorecards went along.": (
+        "此模型没有附带评测：它不是由本程序制作的，或制作时还不附带评测。"
+    ),
+    "Questions": "问题",
+    "Kind": "类别",
+    "Language": "语言",
+    "Answer": "回答",
+    "all": "全部",
+    "right": "正确",
+    "wrong": "错误",
+    "{} of {} questions; the first {} are shown.": "{} / {} 个问题，显示前 {} 个。",
+    # what goes wrong
+    "Note": "提示",
+    "Many are asking just now: {} before you, about {} s.": "当前提问较多，您前面还有 {} 位，约 {} 秒。",
+    "The answer broke off; the server's log says why.": "回答中断，原因见服务器日志。",
+    "The message is too long: {} characters, and {} fit. Shorten it and send it again.": (
+        "消息太长：{} 个字符，最多 {} 个。请缩短后重新发送。"
+    ),
+    "The message is too long: {} tokens, and {} fit. Shorten it and send it again.": (
+        "消息太长：{} 个词元，最多 {} 个。请缩短后重新发送。"
+    ),
+    "The conversation is too long: {} tokens, and the context holds {}. Shorten it.": (
+        "对话太长：{} 个词元，上下文最多 {} 个。请缩短。"
+    ),
+    "The machine is out of memory. Send the message again, or a shorter one.": "服务器内存不足。请重新发送，或缩短消息。",
+    "The decoder failed; the server's log says why. Send the message again, or a shorter one.": (
+        "生成出错，原因见服务器日志。请重新发送，或缩短消息。"
+    ),
+    "The model is still loading; try again soon.": "模型仍在加载，请稍后再试。",
+    "{} conversations are waiting already; try again in a minute.": "已有 {} 个对话在等待，请一分钟后再试。",
+    "{} conversations are being answered already; try again in a minute.": "已有 {} 个对话在回答，请一分钟后再试。",
+    "{} answers are being written for you; at most {} at once.": "正在为您生成 {} 个回答，同时最多 {} 个。",
+    "At most {} answers a minute; wait {} s.": "每分钟最多 {} 个回答，请等待 {} 秒。",
+    "The engine at {} cannot be reached: {}. Start it, or correct --engine.": "推理服务 {} 无法连接：{}。请启动它，或更正 --engine。",
+    "The engine has too much to do; try again in a minute.": "推理服务繁忙，请一分钟后再试。",
+    "The engine says: {}": "推理服务提示：{}",
+}
+GRADIO_CHINESE = {  # strings of Gradio's own that its Chinese lacks
+    "chatbot.copy_message": "复制",
+    "chatbot.copied_message": "已复制",
+}
+
+
+def in_chinese(sentence: str) -> str:
+    """The sentence in Chinese, or as it is where there is none of it."""
+    if sentence in CHINESE:
+        return CHINESE[sentence]
+    for english, chinese in CHINESE.items():
+        if "{}" in english and (
+            found := re.fullmatch("(.*)".join(map(re.escape, english.split("{}"))), sentence, re.S)
+        ):
+            return chinese.format(*found.groups())
+    return sentence
