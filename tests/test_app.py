@@ -762,8 +762,13 @@ def test_no_file_of_the_server_and_no_upload(url):
         for prefix in ("/", "/gradio_api/"):
             with pytest.raises(urllib.error.HTTPError, match="404"):
                 get(url + prefix + path)
-    for path, size, status in (("upload", 1, "404"), ("queue/join", api.BODY_BYTES + 1, "413")):
-        asked = urllib.request.Request(f"{url}/gradio_api/{path}", b"x", {"Content-Length": str(size)})
+    too_much, unknown = {"Content-Length": str(api.BODY_BYTES + 1)}, {"Transfer-Encoding": "chunked"}
+    for path, headers, status in (
+        ("upload", {}, "404"),
+        ("queue/join", too_much, "413"),
+        ("queue/join", unknown, "413"),
+    ):
+        asked = urllib.request.Request(f"{url}/gradio_api/{path}", b"0\r\n\r\n", headers)
         with pytest.raises(urllib.error.HTTPError, match=status):
             urllib.request.urlopen(asked, timeout=PATIENCE)
     with urllib.request.urlopen(url, timeout=PATIENCE) as answer:
