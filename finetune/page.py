@@ -509,7 +509,8 @@ def guarded(app: ASGI) -> ASGI:
                 event["headers"] += [(name.encode(), value.encode()) for name, value in HEADERS.items()]
             await send(event)
 
-        length = dict(scope["headers"]).get(b"content-length", b"0")
+        headers = dict(scope["headers"])
+        length = b"?" if b"transfer-encoding" in headers else headers.get(b"content-length", b"0")
         if CLOSED.match(scope["path"]):
             return await JSONResponse({"detail": "Not found"}, 404)(scope, receive, with_headers)
         api_says_it = scope["path"].startswith("/v1/")
