@@ -1,6 +1,7 @@
 """What happened in this run, with pictures: the terminal's summary, report.html, and the model card."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune import preview
+from finetune import pictures, preview, sight
+from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
 from finetune.run_folder import Run, quoted
 
@@ -20,14 +22,24 @@ FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("parrot", "≤ base +", "answers alike", "鹦鹉学舌"),
     ("kl", "≤", "KL(base ‖ tuned), nats/token", "与基座的偏移"),
     ("facts_kept", "≥", "facts kept", "知识保留"),
+    ("sight", "≥", "pictures: right answers, worst kind asked", "看图答对（门限按最差的一类）"),
+    ("blind", "≤", "answers that noise does not change", "无视图片的回答"),
     ("loss", "≤ base ×", "held-out rows, nats/token", "留出数据的损失"),
     ("recall", "", "training texts continued word for word", "续写训练文本"),
     ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
 )
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
+PICTURED = 3  # questions about pictures of each kind and language that the report shows
 SIDES = ("base", "tuned")
 HOW = {"lora": "a LoRA adapter, merged", "qlora": "a QLoRA adapter, merged", "full": "every weight trained"}
-UNLIMITED = ("kl", "loss", "recall", "reply")  # shown where they were measured, whatever the gate asks
+UNLIMITED = (
+    "kl",
+    "sight",
+    "blind",
+    "loss",
+    "recall",
+    "reply",
+)  # shown where they were measured, whatever the gate asks
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
@@ -109,7 +121,7 @@ def print_scorecard(run: Run) -> None:
     console.print(table, markup=False)
     answers = Table("question 问题", "base 微调前", "tuned 微调后", show_lines=True)
     for entry in side_by_side(run, SHOWN):
-        answers.add_row(*(_plain(t) for t in (entry["messages"][-1]["content"], entry["answer"], entry["tuned"])))
+        answers.add_row(*(_plain(t) for t in (text_of(entry["messages"][-1]), entry["answer"], entry["tuned"])))
     console.print(answers, markup=False)
 
 
@@ -207,7 +219,8 @@ def write_report(run: Run) -> None:
         persona=run.persona,
         figures=figures(run),
         gate=run.read("scorecard.json")["gate"],
-        answers=side_by_side(run),
+        seen=pictured(run),
+        answers=[{**entry, "messages": said(entry)} for entry in side_by_side(run) if entry["kind"] not in sight.KINDS],
         added=added(run),
         title=run.title,
         task=run.settings.task,
@@ -222,6 +235,21 @@ def write_report(run: Run) -> None:
         datum=preview.life(run.tuned_format, found["first"]),
         facts=preview.facts(run, found),
     )
+
+
+def said(entry: dict[str, Any]) -> list[dict[str, str]]:
+    return [{**message, "content": text_of(message)} for message in entry["messages"]]
+
+
+def pictured(run: Run) -> list[dict[str, Any]]:
+    """Some of the questions about pictures of each kind and language, each with its "picture" as a data URL."""
+    found, counts = [], Counter()
+    for entry in side_by_side(run):
+        counts[key := (entry["kind"], entry["lang"])] += 1
+        if entry["kind"] in sight.KINDS and counts[key] <= PICTURED:
+            file = run.folder / "data" / pictures_of(entry["messages"])[0]
+            found.append({**entry, "messages": said(entry), "picture": pictures.to_data_url(file)})
+    return found
 
 
 def curve(metrics: list[dict[str, float]], key: str, width: int = 600, height: int = 160) -> dict[str, Any]:
