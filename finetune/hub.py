@@ -27,6 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from finetune import places, transfer
+from finetune.chat_format import text_of
 from finetune.embedded import cache_dir, say
 from finetune.errors import UserError
 from finetune.gitlfs import File, Listing

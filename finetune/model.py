@@ -563,6 +563,8 @@ def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | 
         "pad_token": END,
         "chat_template": template or form.template,
     }
+    if form.vision and (begin := form.tokenizer.decode(form.document("", ends=False), skip_special_tokens=False)):
+        tokenizer["bos_token"] = begin  # the processor would else put another before the template's
     if not form.tokenizer.pre_tokenizer:  # sentencepiece's
         # llama.cpp reads the tokenizer.model beside it, which names no control token.
         tokenizer["add_prefix_space"] = False

@@ -1,0 +1,260 @@
+"""A model that sees: its parts against a written-out reference, its folder in plain transformers, the two phases."""
+
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from finetune import drawn, vision
+from finetune import model as models
+from finetune.chat_format import IMAGE
+from finetune.errors import UserError
+
+ROOT = Path(__file__).resolve().parent.parent
+SIZE, PATCH, WIDTH, HEADS = 28, 7, 16, 2  # of the tiny CLIP: 16 patches
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A random CLIP vision tower of three layers, as an ordinary folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
+        patch_size=PATCH,
+        initializer_factor=20.0,
+    )
+    folder = tmp_path_factory.mktemp("clip") / "clip-tiny"
+    CLIPVisionModel(config).save_pretrained(folder)
+    settings = {"size": {"shortest_edge": SIZE}, "crop_size": SIZE, "resample": 3}
+    settings |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seeing_internlm2(internlm2_as_llama, clip_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    vision.assemble(internlm2_as_llama, clip_folder, folder)
+    return folder
+
+
+def picture(width: int = 40, height: int = 24) -> Image.Image:
+    return drawn.draw(drawn.scene("test")).resize((width, height))
+
+
+# -------------------------------------------------------------------- a straightforward reference, of InternLM2's tensors
+
+
+def clip_features(weights: dict, pixels: torch.Tensor) -> torch.Tensor:
+    """[patches, WIDTH]: the output of the last layer but one, without the class token."""
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    x = F.conv2d(pixels[None], weights["embeddings.patch_embedding.weight"], stride=PATCH)[0].flatten(1).T
+    x = torch.cat([weights["embeddings.class_embedding"][None], x]) + weights["embeddings.position_embedding.weight"]
+    x = norm(x, "pre_layrnorm")
+    for i in range(2):
+        layer = f"encoder.layers.{i}"
+        y = norm(x, f"{layer}.layer_norm1")
+        q, k, v = (linear(y, f"{layer}.self_attn.{n}_proj").unflatten(1, (HEADS, -1)).transpose(0, 1) for n in "qkv")
+        seen = (q @ k.transpose(1, 2) / (WIDTH // HEADS) ** 0.5).softmax(-1) @ v
+        x = x + linear(seen.transpose(0, 1).flatten(1), f"{layer}.self_attn.out_proj")
+        y = linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")
+        x = x + linear(y * torch.sigmoid(1.702 * y), f"{layer}.mlp.fc2")
+    return x[1:]
+
+
+def internlm2_logits(weights: dict, hidden: torch.Tensor, heads: int = 4, kv_heads: int = 2) -> torch.Tensor:
+    size = hidden.shape[1] // heads
+
+    def norm(x, name):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[f"{name}.weight"]
+
+    turns = torch.arange(len(hidden))[:, None] / 1000000 ** (torch.arange(0, size, 2) / size)
+    cos, sin = (torch.cat([f(turns)] * 2, -1) for f in (torch.cos, torch.sin))
+
+    def rotate(x):  # [heads, tokens, size]
+        return x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin
+
+    causal = torch.full((len(hidden),) * 2, -torch.inf).triu(1)
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        y = norm(hidden, f"{layer}.attention_norm") @ weights[f"{layer}.attention.wqkv.weight"].T
+        y = y.unflatten(1, (kv_heads, heads // kv_heads + 2, size))  # [tokens, kv heads, its queries, k, v, size]
+        q = rotate(y[:, :, :-2].flatten(1, 2).transpose(0, 1))
+        k, v = (y[:, :, at].transpose(0, 1).repeat_interleave(heads // kv_heads, 0) for at in (-2, -1))
+        seen = (q @ rotate(k).transpose(1, 2) / size**0.5 + causal).softmax(-1) @ v
+        hidden = hidden + seen.transpose(0, 1).flatten(1) @ weights[f"{layer}.attention.wo.weight"].T
+        y = norm(hidden, f"{layer}.ffn_norm")
+        gate, up = (y @ weights[f"{layer}.feed_forward.{n}.weight"].T for n in ("w1", "w3"))
+        hidden = hidden + (F.silu(gate) * up) @ weights[f"{layer}.feed_forward.w2.weight"].T
+    return norm(hidden, "model.norm") @ weights["output.weight"].T
+
+
+def test_internlm2_clip_and_projector_give_the_reference_logits(seeing_internlm2, internlm2_folder, clip_folder):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(seeing_internlm2)
+    model = AutoModelForImageTextToText.from_pretrained(seeing_internlm2, dtype=torch.float32)
+    parts = [{"type": "image", "image": picture()}, {"type": "text", "text": "这是什么？"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        found = model(**inputs).logits[0]
+
+    # padded to a square with the mean colour, then made smaller
+    square = Image.new("RGB", (40, 40), tuple(int(255 * part) for part in (0.48, 0.46, 0.41)))
+    square.paste(picture(), (0, 8))
+    small = torch.tensor(np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).copy())
+    pixels = (small.permute(2, 0, 1) / 255 - torch.tensor([0.48, 0.46, 0.41])[:, None, None]) / torch.tensor(
+        [0.27, 0.26, 0.28]
+    )[:, None, None]
+    assert (inputs["pixel_values"][0] - pixels).abs().max() < 1e-5
+
+    tensors = {}
+    for file in internlm2_folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tower = {n.removeprefix("vision_model."): w for n, w in load_file(clip_folder / "model.safetensors").items()}
+    projector = vision.read_projector(seeing_internlm2)
+    seen = clip_features(tower, pixels) @ projector["linear_1.weight"].T + projector["linear_1.bias"]
+    seen = F.gelu(seen) @ projector["linear_2.weight"].T + projector["linear_2.bias"]
+    ids = inputs["input_ids"][0]
+    here = ids == 92397  # [UNUSED_TOKEN_0], which became <image>
+    assert here.sum() == len(seen) == 16
+    hidden = tensors["model.tok_embeddings.weight"][ids]
+    hidden[here] = seen
+    expected = internlm2_logits(tensors, hidden)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_ids_beyond_the_vocabulary_are_the_pictures_patches(seeing_internlm2):
+    """Our own way to the logits, which packs and caches, against transformers' own."""
+    from transformers import AutoProcessor
+
+    from finetune.generation import complete
+
+    model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "看"}, {"type": "image", "image": picture()}]},
+        {"role": "assistant", "content": "好"},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture(30, 30)}, {"type": "text", "text": f"{IMAGE} 呢？"}],
+        },
+    ]
+    inputs = AutoProcessor.from_pretrained(seeing_internlm2).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert form.prompt(messages) == inputs["input_ids"][0].tolist()
+    assert inputs["input_ids"][0].tolist().count(form.control[IMAGE]) == 32  # what a user types is none
+    models.give_eyes(model, form)
+    with torch.inference_mode():
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    found = complete(model, [form.prompt(messages), form.prompt(messages[:1])], form.stop_ids, 6)[0]
+    assert found.ids == expected.tolist()[: len(found.ids)]
+
+
+def test_the_format_s_hash_covers_what_a_picture_goes_through(seeing_internlm2, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(seeing_internlm2, folder)
+    before = models.chat_format(folder)
+    settings = json.loads((folder / models.PREPROCESSOR).read_text())
+    (folder / models.PREPROCESSOR).write_text(json.dumps({**settings, "do_pad": False}))
+    after = models.chat_format(folder)
+    assert before.template == after.template
+    assert before.hash != after.hash
+
+
+NAMES = {
+    "xtuner": {"linear_1": "model.0", "linear_2": "model.2"},
+    "llava": {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"},
+    "transformers": {"linear_1": "multi_modal_projector.linear_1", "linear_2": "multi_modal_projector.linear_2"},
+}
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_projectors_of_others(seeing_internlm2, tmp_path, layout, pickled):
+    own = vision.read_projector(seeing_internlm2)
+    tensors = {n.replace(n.partition(".")[0], NAMES[layout][n.partition(".")[0]]): w for n, w in own.items()}
+    if pickled:
+        torch.save(tensors, tmp_path / "mm_projector.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    found = vision.read_projector(tmp_path)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+def test_a_projector_s_way_out_and_back(seeing_internlm2, tmp_path):
+    vision.write_projector(seeing_internlm2, tmp_path / "xtuner")
+    assert set(load_file(tmp_path / "xtuner" / "model.safetensors")) == {
+        f"model.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
+    }
+    own, found = vision.read_projector(seeing_internlm2), vision.read_projector(tmp_path / "xtuner")
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    with pytest.raises(UserError, match="is there already"):
+        vision.write_projector(seeing_internlm2, tmp_path / "xtuner")
+
+
+class Opens:
+    def __reduce__(self):
+        return Path.touch, (Path("was-run"),)
+
+
+def test_a_pickle_that_does_more_than_hold_tensors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model.0.weight": Opens()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        vision.read_projector(tmp_path)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_projectors_that_do_not_fit_are_named(seeing_internlm2, tmp_path):
+    save_file({"model.0.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
+    with pytest.raises(UserError, match=r"has not the weights of two linear layers but model\.0\.weight"):
+        vision.read_projector(tmp_path)
+    own = vision.read_projector(seeing_internlm2)
+    save_file({**own, "linear_1.weight": torch.zeros(32, 3)}, tmp_path / "projector.safetensors")
+    with pytest.raises(UserError, match=r"linear_1.weight \(32, 3\) do not fit"):
+        vision.load_projector(models.load(seeing_internlm2), tmp_path)
+    with pytest.raises(UserError, match="There is no projector"):
+        vision.read_projector(tmp_path / "nowhere")
+
+
+def test_an_encoder_of_another_kind_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="is of type 'llama'"):
+        vision.assemble(tiny_model, tiny_model, tmp_path / "model")
+
+
+# ----------------------------------------------------------------------------------------------------------- the run
+
+
+def run(*arguments: str) -> str:
+    command = [sys.executable, str(ROOT / "finetune" / "run.py"), *arguments]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=arguments[-1])
+    assert done.returncode in (0, 3), done.stderr
+    return done.stdout + done.stderr
