@@ -210,9 +210,12 @@ def write_page(file: Path, template: str, **values: Any) -> None:
 
 
 def write_report(run: Run) -> None:
+    from finetune.model import chat_format
+
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    form = chat_format(run.folder / "model")  # which has seen no picture: they are written as <image>
     with (run.folder / "data" / "train.jsonl").open(encoding="utf-8") as lines:
-        found = preview.survey(run.tuned_format, map(json.loads, lines), run.settings.train.length)
+        found = preview.survey(form, map(json.loads, lines), run.settings.train.length)
     write_page(
         run.folder / "report.html",
         "report.html.jinja",
@@ -232,7 +235,7 @@ def write_report(run: Run) -> None:
         last=metrics[-1],
         receipt=run.read("receipt.json"),
         proof=run.read("model/manifest.json")["proof"],
-        datum=preview.life(run.tuned_format, found["first"]),
+        datum=preview.life(form, found["first"]),
         facts=preview.facts(run, found),
     )
 

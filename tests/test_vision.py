@@ -2,8 +2,6 @@
 
 import json
 import shutil
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -12,13 +10,16 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from test_app import serving
 
-from finetune import drawn, vision
+from finetune import checks, drawn, pictures, run, settings, sight, vision
 from finetune import model as models
 from finetune.chat_format import IMAGE
+from finetune.engine import Engine
 from finetune.errors import UserError
+from finetune.generation import answer_texts
+from finetune.run_folder import Run
 
-ROOT = Path(__file__).resolve().parent.parent
 SIZE, PATCH, WIDTH, HEADS = 28, 7, 16, 2  # of the tiny CLIP: 16 patches
 
 
@@ -250,11 +251,156 @@ def test_an_encoder_of_another_kind_is_refused(tiny_model, tmp_path):
         vision.assemble(tiny_model, tiny_model, tmp_path / "model")
 
 
-# ----------------------------------------------------------------------------------------------------------- the run
+# ------------------------------------------------------------------------------------------------- the two phases
 
 
-def run(*arguments: str) -> str:
-    command = [sys.executable, str(ROOT / "finetune" / "run.py"), *arguments]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False, cwd=arguments[-1])
-    assert done.returncode in (0, 3), done.stderr
-    return done.stdout + done.stderr
+@pytest.fixture(scope="module")
+def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of both phases' runs, on a tiny model."""
+    folder = tmp_path_factory.mktemp("eyes")
+    common = ["--set", f"vision.encoder={clip_folder}", "--set", "vision.pictures=24", "--set", "vision.rows=4"]
+    common += [
+        "--set",
+        "vision.steps=4",
+        "--set",
+        "train.checkpoint_every=2",
+        "--set",
+        "train.starter=''",
+        "--set",
+        "train.steps=2",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NAMESAKE_CACHE", str(folder / "cache"))
+        patch.setattr(sight, "PROBES", {"en": 3, "zh": 2})
+        first, second = folder / "eyes-1", folder / "eyes-2"
+        assert run.main(["--task", "vision-projector", "--base", str(tiny_model), "--run", str(first), *common]) == 0
+        named = ["--name", "小星", "--author", "书生学员"]
+        arguments = ["--task", "vision", "--base", str(first / "model"), "--run", str(second), *named, *common]
+        assert run.main(arguments) == 3  # a random model learns nothing in four steps
+    return first, second
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_phase_one_changes_the_projector_alone(eyes):
+    first, _ = eyes
+    base, trained = tensors(next((first.parent / "cache").glob("eyes-*"))), tensors(first / "model")
+    assert base.keys() == trained.keys()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert changed == {name for name in base if "multi_modal_projector" in name}
+    assert json.loads((first / "model" / "manifest.json").read_text())["proof"]["unchanged"] == len(base) - len(changed)
+    assert set(load_file(first / "adapter" / "adapter_model.safetensors")) == {
+        f"base_model.model.model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    (spoilt := first.parent / "spoilt").mkdir()
+    save_file({**base, next(iter(base.keys() - changed)): torch.zeros(1)}, spoilt / "model.safetensors")
+    with pytest.raises(RuntimeError, match="changed, and only the projector was to be trained"):
+        sight.unchanged(spoilt, first / "model")
+
+
+def test_phase_two_changes_projector_and_the_language_model_s_layers(eyes):
+    first, second = eyes
+    before, after = tensors(first / "model"), tensors(second / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {n for n in before if "language_model.layers" in n and n.endswith("proj.weight")}
+    assert changed == layers | {name for name in before if "multi_modal_projector" in name}
+
+
+def test_both_are_proved_and_described(eyes):
+    for folder in eyes:
+        manifest = json.loads((folder / "model" / "manifest.json").read_text())
+        assert manifest["proof"]["max_logit_difference"] <= 0.01
+        assert {models.PROCESSOR, models.PREPROCESSOR, "chat_template.jinja"} <= set(manifest["files"])
+        assert manifest["format_hash"] == models.chat_format(folder / "model").hash
+        report = (folder / "report.html").read_text()
+        assert report.count('<img src="data:image/png;base64,') >= 2
+    card = json.loads((eyes[1] / "scorecard.json").read_text())
+    for side in ("base", "tuned"):
+        assert set(card[side]["sight_by_kind"]) >= {f"see_{kind}" for kind in drawn.KINDS}
+        assert 0 <= card[side]["blind"] <= 1
+        assert card[side]["identity"] is not None
+    rows = [json.loads(line) for line in (eyes[1] / "data" / "train.jsonl").open()]
+    assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, monkeypatch):
+    first, _ = eyes
+    monkeypatch.setenv("NAMESAKE_CACHE", str(first.parent / "cache"))
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(first / "settings.toml", again)
+    shutil.copytree(first / "data", again / "data")
+    from finetune import train
+
+    def stop(step: int, steps: int) -> float:
+        if step == 4:
+            raise KeyboardInterrupt
+        return schedule(step, steps)
+
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", stop)
+    assert run.main(["train", "--run", str(again)]) == 130
+    monkeypatch.setattr(train, "schedule", schedule)
+    assert run.main(["train", "--run", str(again)]) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch):
+    _, second = eyes
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    assert run.main(["publish", "--run", str(second), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
+    assert (tmp_path / "out" / models.PREPROCESSOR).is_file()
+    assert run.main(["pull", "--verify", str(tmp_path / "out")]) == 0
+
+
+def test_the_api_takes_pictures_and_fetches_none(eyes):
+    import openai
+
+    engine = Engine(str(eyes[1] / "model"))
+    engine.load()
+    assert (engine.status, engine.sees) == ("ready", True)
+    (png := eyes[1].parent / "asked.png").write_bytes(b"")
+    picture().save(png)
+    with serving(engine, open_api=True) as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+        def ask(address: str) -> openai.types.chat.ChatCompletion:
+            parts = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "What is it?"}]
+            said = [{"role": "user", "content": parts}]
+            return client.chat.completions.create(model=engine.name, messages=said, temperature=0, max_tokens=8)
+
+        answer = ask(pictures.to_data_url(png))
+        said = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What is it?"}],
+            }
+        ]
+        assert answer.usage.prompt_tokens == len(engine.form.prompt(said))
+        with torch.inference_mode():
+            model = models.load(eyes[1] / "model")
+            form = models.chat_format(eyes[1] / "model")
+            models.give_eyes(model, form)
+            assert answer.choices[0].message.content.strip() == answer_texts(model, form, [said], 8)[0]
+        for address, words in (
+            ("http://127.0.0.1:9/cat.png", "nothing is fetched"),
+            ("data:image/png;base64,AAAA", "is no picture that can be read"),
+            ("data:image/png;base64,?", "is not base64"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=words):
+                ask(address)
+    engine.inbox.put(None)
+
+
+def test_a_model_that_does_not_see_says_so(tiny_model):
+    form = models.chat_format(tiny_model)
+    with pytest.raises(UserError, match="does not see pictures"):
+        form.prompt([{"role": "user", "content": [{"type": "image", "image": picture()}]}])
+
+
+def test_what_stands_in_the_way_of_the_tasks():
+    wrong = checks.task_problems(Run(Path("none"), settings.build({"task": "vision", "method": "full"})))
+    assert wrong == ["--task vision trains the projector and an adapter: use --method lora or qlora."]
