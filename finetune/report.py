@@ -174,6 +174,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     `sent`: {"to": the places.Place, None for the run's own folder, "what": "model", "adapter" or "both", "why": it is
     published in spite of the gate, "with_data": whether the training data goes along}.
     """
+    from finetune.model import own_encoder, sees
+
     receipt = run.read("receipt.json")
     place = sent["to"] if sent["to"] and sent["to"].kind != "dir" else None
     said = next((entry["tuned"] for entry in side_by_side(run, SHOWN[:1])), "")
@@ -183,6 +185,9 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
         .render(
             name=json.dumps(run.title, ensure_ascii=False)[1:-1],
             how=HOW[run.settings.method],
+            named=run.named,
+            sees=sees(run.base),
+            encoder=own_encoder(run.base),
             author=json.dumps(run.persona.author, ensure_ascii=False)[1:-1],
             origin=origin,
             licence=licence(origin),
@@ -226,7 +231,7 @@ def write_report(run: Run) -> None:
         answers=[{**entry, "messages": said(entry)} for entry in side_by_side(run) if entry["kind"] not in sight.KINDS],
         added=added(run),
         title=run.title,
-        task=run.settings.task,
+        named=run.named,
         curves=[
             curve(having, key)
             for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # Python puts this file's folder first on the import path; the package lies one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -299,12 +300,14 @@ def open_run(args: argparse.Namespace) -> Run:
     with problems.collect():
         if args.preset or args.base is None or args.base in settings.preset_names():
             layers.insert(0, settings.preset(args.preset or args.base or settings.DEFAULT_PRESET))
+        elif args.task == "vision":
+            layers.insert(0, phase_one(args.base))
     for assignment in args.set:
         with problems.collect():
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    named = values.persona.name if values.task == "identity" else values.task
+    named = values.persona.name if values.task in NAMED else values.task
     run = Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:
         checks.check(run, problems)  # tells its own at the same time
@@ -321,6 +324,15 @@ def open_run(args: argparse.Namespace) -> Run:
                 f"overwrites another: give this one its own folder, for example with --run {run.folder}-2."
             )
     return run
+
+
+def phase_one(base: str) -> dict[str, Any]:
+    """What of the settings of the run that gave the base its eyes holds for the next phase too: its language model is the
+    same, so it begins from the same starter and answers to the same name."""
+    file = Path(base.removeprefix("dir:")).expanduser().parent / "settings.toml"
+    made = settings.read_toml(file) if file.is_file() else {}
+    kept = ("train", "gate", "merge", "old_name", "old_maker")
+    return {key: made[key] for key in kept if key in made} if made.get("task") == "vision-projector" else {}
 
 
 def has(folder: Path, name: str = "") -> bool:

@@ -63,9 +63,9 @@ class Vision:
 
     encoder: str = ""  # a CLIP model, a folder or a reference; empty: the embedded EfficientNet-lite0
     projector: str = ""  # XTuner's or LLaVA's weights to begin from; empty: fresh
-    pictures: int = 1200  # drawn, where --data names none
-    rows: int = 12  # conversations about pictures in one step
-    steps: int = 100  # with drawn pictures
+    pictures: int = 800  # drawn, where --data names none
+    rows: int = 12  # captions in one step of the first phase; of the second, half as many dialogues
+    steps: int = 80  # of each phase, with drawn pictures
     learning_rate: float = 2e-3  # of the projector alone; of projector and adapter train.learning_rate
 
 

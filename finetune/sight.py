@@ -143,9 +143,15 @@ def sent(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any
 # --------------------------------------------------------------------------------------------------------- training
 
 
+def rows_of(run: Run) -> int:
+    """Rows about pictures in a step: captions are short, dialogues are several times as long."""
+    rows = run.settings.vision.rows
+    return rows if run.settings.task == "vision-projector" else -(-rows // 2)
+
+
 def planned(run: Run) -> Train:
     """The training's settings: how many steps there are, and of phase one its own learning rate."""
-    values, rows = run.settings.train, run.settings.vision.rows
+    values, rows = run.settings.train, rows_of(run)
     steps = run.settings.vision.steps
     if run.settings.data:
         count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)

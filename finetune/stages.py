@@ -174,7 +174,7 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
     counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
     share = 2 if seen else 1  # beside pictures there are more steps, each with fewer of these
     groups = [(examples[name], -(-counts[name] // share)) for name in examples if examples[name]]
-    return training.batches([*groups, (seen, run.settings.vision.rows if seen else 0)], steps, run.settings.seed)
+    return training.batches([*groups, (seen, sight.rows_of(run) if seen else 0)], steps, run.settings.seed)
 
 
 def peak_memory() -> dict[str, int]:

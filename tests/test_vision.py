@@ -286,7 +286,7 @@ def tensors(folder: Path) -> dict[str, torch.Tensor]:
 
 def test_phase_one_changes_the_projector_alone(eyes):
     first, _ = eyes
-    base, trained = tensors(next((first.parent / "cache").glob("eyes-*"))), tensors(first / "model")
+    base, trained = tensors(next((first.parent / "cache").glob("eyes-*/"))), tensors(first / "model")
     assert base.keys() == trained.keys()
     changed = {name for name in base if not torch.equal(base[name], trained[name])}
     assert changed == {name for name in base if "multi_modal_projector" in name}
