@@ -85,6 +85,8 @@ def task_of(sources: list[str]) -> str:
     """Which task learns from rows like the first one."""
     with contextlib.suppress(UserError):  # said by `task_problems`
         for row in records.scan(sources):
+            if isinstance(row["raw"], dict) and (row["raw"].get("image") or row["raw"].get("images")):
+                return "vision"
             if "problem" not in row:
                 return "pretrain" if "text" in row else "instruct"
     return "instruct"
@@ -102,7 +104,7 @@ def examine(run: Run) -> None:
     if run.settings.data:
         with problems.collect():
             if problems.found:  # the rows' own are told with these
-                for _ in records.read(run.settings.data, run.settings.skip_bad):
+                for _ in records.read(run.settings.data, run.settings.skip_bad, sight.reader(run.settings.task)):
                     pass
             else:
                 preview.examine(run)

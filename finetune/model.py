@@ -280,7 +280,7 @@ def own_encoder(folder: Path) -> str:
 def give_eyes(model: PreTrainedModel, form: ChatFormat, files: Sequence[str] = ()) -> None:
     """From now on `form` writes pictures as ids that `model` looks up, those of `files` encoded in one go; nothing happens
     to a model that does not see."""
-    if form.vision is not None:
+    if getattr(form, "vision", None) is not None:
         from finetune.vision import Eyes
 
         if not hasattr(model, "eyes"):

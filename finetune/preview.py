@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune import records, stages, tasks
+from finetune import records, sight, stages, tasks
 from finetune.chat_format import ChatFormat, Rendered, text_of
 from finetune.embedded import say
 from finetune.errors import UserError
@@ -230,9 +230,10 @@ def examine(run: Run) -> None:
     from finetune.report import write_page
 
     values, form = run.settings, run.tuned_format
-    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad), values.task)
+    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad, sight.reader(values.task)), values.task)
     found = survey(form, rows, values.train.length)
-    lines = facts(run, found, estimate(run, found["sample"], found["rows"], found["tokens"]))
+    seen = values.task in sight.TASKS  # how long its pictures take is not tried
+    lines = facts(run, found, None if seen else estimate(run, found["sample"], found["rows"], found["tokens"]))
     datum = life(form, found["first"])
     show(lines, datum, Console(stderr=True, highlight=False))
     run.folder.mkdir(parents=True, exist_ok=True)

