@@ -399,7 +399,7 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
 
 
 def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> "PeftModel":
-    from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
+    from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     kinds = {name.rpartition(".")[2] for name, module in language_model(model).named_modules() if _is_linear(module)}
@@ -413,9 +413,11 @@ def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> 
     )
     tuned = get_peft_model(model, config)
     if starter:  # of the language model alone
-        own = load_file(starter / "adapter_model.safetensors")
-        own = {name.replace(".model.layers.", ".model.language_model.layers."): weight for name, weight in own.items()}
-        set_peft_model_state_dict(tuned, own)
+        weights = dict(tuned.named_parameters())
+        with torch.no_grad():
+            for name, weight in load_file(starter / "adapter_model.safetensors").items():
+                own = name.replace(".model.layers.", ".model.language_model.layers.")
+                weights[re.sub(r"(lora_[AB])", r"\1.default", own)].copy_(weight)
     return tuned
 
 

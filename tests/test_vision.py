@@ -17,7 +17,7 @@ from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
 from finetune.errors import UserError
-from finetune.generation import answer_texts
+from finetune.generation import complete
 from finetune.run_folder import Run
 
 SIZE, PATCH, WIDTH, HEADS = 28, 7, 16, 2  # of the tiny CLIP: 16 patches
@@ -154,8 +154,6 @@ def test_internlm2_clip_and_projector_give_the_reference_logits(seeing_internlm2
 def test_ids_beyond_the_vocabulary_are_the_pictures_patches(seeing_internlm2):
     """Our own way to the logits, which packs and caches, against transformers' own."""
     from transformers import AutoProcessor
-
-    from finetune.generation import complete
 
     model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
     messages = [
@@ -371,7 +369,7 @@ def test_phase_two_changes_projector_and_the_language_model_s_layers(eyes):
     first, second = eyes
     before, after = tensors(first / "model"), tensors(second / "model")
     changed = {name for name in before if not torch.equal(before[name], after[name])}
-    layers = {n for n in before if "language_model.layers" in n and n.endswith("proj.weight")}
+    layers = {n for n in before if n.startswith("language_model.") and n.endswith("proj.weight")}
     assert changed == layers | {name for name in before if "multi_modal_projector" in name}
 
 
@@ -453,7 +451,8 @@ def test_the_api_takes_pictures_and_fetches_none(eyes):
             model = models.load(eyes[1] / "model")
             form = models.chat_format(eyes[1] / "model")
             models.give_eyes(model, form)
-            assert answer.choices[0].message.content.strip() == answer_texts(model, form, [said], 8)[0]
+            ids, text = complete(model, [form.prompt(said)], form.stop_ids, 8)[0].ids, form.stream()
+            assert answer.choices[0].message.content == "".join(text.add(token) for token in ids)
         for address, words in (
             ("http://127.0.0.1:9/cat.png", "nothing is fetched"),
             ("data:image/png;base64,AAAA", "is no picture that can be read"),
@@ -462,6 +461,23 @@ def test_the_api_takes_pictures_and_fetches_none(eyes):
             with pytest.raises(openai.BadRequestError, match=words):
                 ask(address)
     engine.inbox.put(None)
+
+
+def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, clip_folder, tmp_path):
+    torch.manual_seed(1)
+    words = models.add_lora(models.load(tiny_model), 4)
+    for name, weight in words.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    words.save_pretrained(tmp_path / "starter")
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    seeing = models.add_lora(models.load(tmp_path / "model"), 4, tmp_path / "starter", first_layer=1)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert torch.allclose(seeing(ids).logits, words(ids).logits, atol=1e-4)
+        assert not torch.allclose(seeing(ids).logits, models.load(tiny_model)(ids).logits, atol=1e-2)
+    trained = {name for name, weight in seeing.named_parameters() if weight.requires_grad}
+    assert all(".layers.1." in name or "multi_modal_projector" in name for name in trained)
 
 
 def test_a_model_that_does_not_see_says_so(tiny_model):
