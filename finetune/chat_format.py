@@ -6,6 +6,7 @@ then per message `<|im_start|>{role}\\n{content}<|im_end|>\\n`. A message to a m
 text, each written `<image>\\n`. Imports no torch.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -73,9 +74,18 @@ class ChatFormat:
         self._bos = self.tokenizer.encode("").ids  # [] or [id of "<s>"]
         self._newline = self._encode("\n").ids
         self.default_system, self.vision = default_system, vision
-        # A picture's ids: what stands for it in a text, or where its patches lie in a vision.Pictures.
-        self.see: Callable[[Any], list[int]] = lambda picture: [self.control[IMAGE]] * vision["patches"]
+        # A picture's ids: what stands for it in a text, or, of a model that was given eyes, where its patches are found.
+        self.see: Callable[[Any], list[int]] = self._written
         self.stop_ids = [self.control[t] for t in (END, "</s>", "<|endoftext|>") if t in self.control]
+
+    def _written(self, _: Any) -> list[int]:
+        return [self.control[IMAGE]] * self.vision["patches"]
+
+    def unseeing(self) -> "ChatFormat":
+        """The same, with pictures written as <image> whatever model has seen them."""
+        form = copy.copy(self)
+        form.see = form._written
+        return form
 
     def _encode(self, text: str) -> Encoding:
         return self._text.encode(text, add_special_tokens=False)

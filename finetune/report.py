@@ -215,10 +215,8 @@ def write_page(file: Path, template: str, **values: Any) -> None:
 
 
 def write_report(run: Run) -> None:
-    from finetune.model import chat_format
-
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
-    form = chat_format(run.folder / "model")  # which has seen no picture: they are written as <image>
+    form = run.tuned_format.unseeing()
     with (run.folder / "data" / "train.jsonl").open(encoding="utf-8") as lines:
         found = preview.survey(form, map(json.loads, lines), run.settings.train.length)
     write_page(
@@ -252,9 +250,9 @@ def said(entry: dict[str, Any]) -> list[dict[str, str]]:
 def pictured(run: Run) -> list[dict[str, Any]]:
     """Some of the questions about pictures of each kind and language, each with its "picture" as a data URL."""
     found, counts = [], Counter()
-    for entry in side_by_side(run):
+    for entry in (entry for entry in side_by_side(run) if entry["kind"] in sight.KINDS):
         counts[key := (entry["kind"], entry["lang"])] += 1
-        if entry["kind"] in sight.KINDS and counts[key] <= PICTURED:
+        if counts[key] <= PICTURED:
             file = run.folder / "data" / pictures_of(entry["messages"])[0]
             found.append({**entry, "messages": said(entry), "picture": pictures.to_data_url(file)})
     return found

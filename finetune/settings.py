@@ -66,7 +66,7 @@ class Vision:
     pictures: int = 800  # drawn, where --data names none
     rows: int = 12  # captions in one step of the first phase; of the second, half as many dialogues
     steps: int = 80  # of each phase, with drawn pictures
-    learning_rate: float = 2e-3  # of the projector alone; of projector and adapter train.learning_rate
+    projector_rate: float = 2e-3  # the learning rate of the projector alone; with the adapter it is train.learning_rate
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,8 +100,8 @@ class Settings:
     data: tuple[str, ...] = ()  # files or folders to learn from, PATH or PATH=WEIGHT; see finetune/records.py
     skip_bad: bool = False  # go on without rows that cannot be read
     persona: Persona = Persona()
-    train: Train = Train()
     vision: Vision = Vision()
+    train: Train = Train()
     gate: Gate = Gate()
     merge: Merge = Merge()
 

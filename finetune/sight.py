@@ -162,7 +162,7 @@ def planned(run: Run) -> Train:
         count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
         steps = math.ceil(values.epochs * count / rows)
     if run.settings.task == "vision-projector":
-        return dataclasses.replace(values, steps=steps, learning_rate=run.settings.vision.learning_rate)
+        return dataclasses.replace(values, steps=steps, learning_rate=run.settings.vision.projector_rate)
     return dataclasses.replace(values, steps=steps)
 
 
