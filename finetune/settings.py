@@ -64,8 +64,8 @@ class Vision:
     encoder: str = ""  # a CLIP model, a folder or a reference; empty: the embedded EfficientNet-lite0
     projector: str = ""  # XTuner's or LLaVA's weights to begin from; empty: fresh
     pictures: int = 800  # drawn, where --data names none
-    rows: int = 12  # captions in one step of the first phase; of the second, half as many dialogues
-    steps: int = 80  # of each phase, with drawn pictures
+    rows: int = 4  # captions in one step of the first phase; of the second, half as many dialogues
+    steps: int = 200  # of each phase, with drawn pictures
     projector_rate: float = 2e-3  # the learning rate of the projector alone; with the adapter it is train.learning_rate
 
 

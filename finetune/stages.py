@@ -172,8 +172,9 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
     counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
-    share = 2 if seen else 1  # beside pictures there are more steps, each with fewer of these
-    groups = [(examples[name], -(-counts[name] // share)) for name in examples if examples[name]]
+    if seen:  # as many of these as without pictures, spread over more steps
+        counts = {name: max(1, round(count * values.steps / steps)) for name, count in counts.items()}
+    groups = [(examples[name], counts[name]) for name in examples if examples[name]]
     return training.batches([*groups, (seen, sight.rows_of(run) if seen else 0)], steps, run.settings.seed)
 
 
