@@ -272,8 +272,9 @@ def open_folder(folder: Path, **options: Any) -> PreTrainedModel:
 
 def own_encoder(folder: Path) -> str:
     """The module that must be imported before transformers opens the folder; empty where it needs none of ours."""
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    kind = config.get("vision_config", {}).get("model_type", "")
+    if not (file := folder / "config.json").is_file():
+        return ""
+    kind = json.loads(file.read_text(encoding="utf-8")).get("vision_config", {}).get("model_type", "")
     return "finetune.encoder" if kind == "efficientnet_lite" else ""
 
 
