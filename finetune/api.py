@@ -11,19 +11,19 @@ from collections import defaultdict, deque
 from collections.abc import AsyncIterator, Coroutine
 from contextlib import aclosing
 from ipaddress import ip_address
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, FastAPI
 from fastapi import Request as HttpRequest
 from fastapi.middleware.cors import CORSMiddleware
 from fastapi.responses import JSONResponse, StreamingResponse
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, ValidationError
 
 from finetune.engine import Busy, Engine, Piece, Request, pieces_async
 from finetune.errors import UserError
 
 PER_MINUTE, AT_ONCE = 60, 8  # answers for one address, where no key is asked for
-BODY_BYTES = 4_000_000
+BODY_BYTES, SEEING_BODY_BYTES = 4_000_000, 32_000_000  # the latter where pictures are sent
 HARMLESS = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
 NEUTRAL = {  # parameters that are not there, with the value at which they do nothing
     "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "tools": [],
@@ -48,19 +48,44 @@ class ApiError(Exception):
             self.response.headers["Retry-After"] = str(retry_after)
 
 
-class Part(BaseModel):
+class Text(BaseModel):
     model_config = ConfigDict(extra="forbid")
     type: Literal["text"]
     text: str
 
 
+class ImageUrl(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    url: str  # a data URL; others are not fetched
+    detail: Literal["auto", "low", "high"] = "auto"  # there is one size
+
+
+class Picture(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+    type: Literal["image_url"]
+    image_url: ImageUrl
+
+
 class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
-    content: str | list[Part]
+    content: str | list[Annotated[Text | Picture, Discriminator("type")]]
 
-    def plain(self) -> dict[str, str]:
-        text = self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
-        return {"role": "system" if self.role == "developer" else self.role, "content": text}
+    def plain(self) -> dict[str, Any]:
+        """As chat_format.Message. Raises UserError for a picture that cannot be read."""
+        role = "system" if self.role == "developer" else self.role
+        parts = [] if isinstance(self.content, str) else self.content
+        if all(part.type == "text" for part in parts):
+            text = self.content if isinstance(self.content, str) else "".join(part.text for part in parts)
+            return {"role": role, "content": text}
+        from finetune.pictures import from_data_url
+
+        seen = [
+            {"type": "text", "text": part.text}
+            if part.type == "text"
+            else {"type": "image", "image": from_data_url(part.image_url.url)}
+            for part in parts
+        ]
+        return {"role": role, "content": seen}
 
 
 class StreamOptions(BaseModel):
@@ -117,16 +142,20 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
     @routes.post("/chat/completions")
     async def completions(http: HttpRequest) -> Any:
         visitor = enter(http)
-        asks = parse(await body(http))
+        asks = parse(await body(http, SEEING_BODY_BYTES if engine.sees else BODY_BYTES))
         if asks.model != engine.name:
             message = f"The model {asks.model!r} is not here: this server has {engine.name!r}."
             raise ApiError(404, message, "model_not_found", "model")
         count = asks.n or 1
         if not key:
             limit(asked[visitor], running[visitor], count)
+        try:
+            messages = await asyncio.to_thread(lambda: [message.plain() for message in asks.messages])
+        except UserError as error:
+            raise refused(error) from error
         requests = [
             Request(
-                [message.plain() for message in asks.messages],
+                messages,
                 1.0 if asks.temperature is None else asks.temperature,
                 asks.top_p or 1.0,
                 asks.seed if asks.seed is None else asks.seed + i,
@@ -190,12 +219,12 @@ async def one(pieces: AsyncIterator[tuple[int, Piece]]) -> tuple[int, Piece]:
     return await anext(pieces)
 
 
-async def body(http: HttpRequest) -> bytes:
+async def body(http: HttpRequest, most: int) -> bytes:
     found = b""
     async for chunk in http.stream():
         found += chunk
-        if len(found) > BODY_BYTES:
-            raise ApiError(413, f"The request is larger than {BODY_BYTES} bytes.")
+        if len(found) > most:
+            raise ApiError(413, f"The request is larger than {most} bytes.")
     return found
 
 

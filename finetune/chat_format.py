@@ -2,22 +2,26 @@
 
 Training, scoring, the page and the API call `ChatFormat.render`; other people's tools use `ChatFormat.template`, which
 yields the same ids. The format is ChatML, as SmolLM2, Qwen and InternLM2 speak it: an optional beginning-of-text token,
-then per message `<|im_start|>{role}\\n{content}<|im_end|>\\n`. Imports no torch.
+then per message `<|im_start|>{role}\\n{content}<|im_end|>\\n`. A message to a model that sees may hold pictures among its
+text, each written `<image>\\n`. Imports no torch.
 """
 
+import copy
 import hashlib
 import json
 import re
 from collections.abc import Callable, Sequence
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 from tokenizers import Encoding, Tokenizer
 
 from finetune.errors import UserError
 
-Message = dict[str, str]  # {"role": "system" | "user" | "assistant", "content": text}
+# {"role": "system" | "user" | "assistant", "content": text}; a user's content may be a list of {"type": "text", "text": ..}
+# and {"type": "image", "image": anything that `ChatFormat.see` knows}.
+Message = dict[str, Any]
 
-START, END = "<|im_start|>", "<|im_end|>"
+START, END, IMAGE = "<|im_start|>", "<|im_end|>", "<image>"
 ROLES = ("system", "user", "assistant")
 
 # A Unicode noncharacter: no text holds it. The template puts it inside control tokens that a message spells out, so that
@@ -35,11 +39,13 @@ class ChatFormat:
     """How one model's conversations are written.
 
     `tokenizer_json` is the text of a tokenizer.json. `default_system` is what the model's own template puts before a
-    conversation without a system message; a tuned model has none. Raises UserError where the vocabulary has no
-    ChatML control tokens.
+    conversation without a system message, unless that begins with a picture; a tuned model has none. `vision`, of a model that sees: its processor's settings,
+    with "patches", how many tokens a picture takes. Raises UserError where the vocabulary has no ChatML control tokens.
     """
 
-    def __init__(self, tokenizer_json: str, default_system: str | None = None) -> None:
+    def __init__(
+        self, tokenizer_json: str, default_system: str | None = None, vision: dict[str, Any] | None = None
+    ) -> None:
         spec = json.loads(tokenizer_json)
         delete_split = {"type": "Replace", "pattern": {"String": SPLIT}, "content": ""}
         own = spec["normalizer"]
@@ -67,8 +73,19 @@ class ChatFormat:
         self._text.normalizer, self._text.pre_tokenizer = self.tokenizer.normalizer, self.tokenizer.pre_tokenizer
         self._bos = self.tokenizer.encode("").ids  # [] or [id of "<s>"]
         self._newline = self._encode("\n").ids
-        self.default_system = default_system
+        self.default_system, self.vision = default_system, vision
+        # A picture's ids: what stands for it in a text, or, of a model that was given eyes, where its patches are found.
+        self.see: Callable[[Any], list[int]] = self._written
         self.stop_ids = [self.control[t] for t in (END, "</s>", "<|endoftext|>") if t in self.control]
+
+    def _written(self, _: Any) -> list[int]:
+        return [self.control[IMAGE]] * self.vision["patches"]
+
+    def unseeing(self) -> "ChatFormat":
+        """The same, with pictures written as <image> whatever model has seen them."""
+        form = copy.copy(self)
+        form.see = form._written
+        return form
 
     def _encode(self, text: str) -> Encoding:
         return self._text.encode(text, add_special_tokens=False)
@@ -94,25 +111,29 @@ class ChatFormat:
         """`render` of many, as fast as the tokenizer takes a batch."""
         texts = []
         for messages in conversations:
-            check_messages(messages)
-            if self.default_system is not None and messages[0]["role"] != "system":
+            check_messages(messages, sees=self.vision is not None)
+            first = messages[0]
+            if self.default_system is not None and first["role"] != "system" and isinstance(first["content"], str):
                 messages = [{"role": "system", "content": self.default_system}, *messages]
-            texts.append([(message["role"], f"{message['role']}\n{message['content']}") for message in messages])
+            texts.append([(message["role"], *_around(message)) for message in messages])
         encoded = iter(
-            self._text.encode_batch([text for turns in texts for _, text in turns], add_special_tokens=False)
+            self._text.encode_batch(
+                [text for turns in texts for _, said, _ in turns for text in said], add_special_tokens=False
+            )
         )
         start, end = self.control[START], self.control[END]
         opening = [start, *self._encode("assistant\n").ids] if reply else []
         rendered = []
         for turns in texts:
             ids, mask = list(self._bos), [0] * len(self._bos)
-            last = max((i for i, (role, _) in enumerate(turns) if role == "assistant"), default=-1)
-            for i, (role, _) in enumerate(turns):
+            last = max((i for i, (role, *_) in enumerate(turns) if role == "assistant"), default=-1)
+            for i, (role, _, pictures) in enumerate(turns):
                 turn = next(encoded)
+                said = [*turn.ids, *(i for picture in pictures for i in (*self.see(picture), *next(encoded).ids))]
                 supervised = int(role == "assistant" and (supervise == "all" or i == last))
                 header = _content_begins(turn, len(role) + 1)
-                ids += [start, *turn.ids, end, *self._newline]
-                mask += [0] * (1 + header) + [supervised] * (len(turn.ids) - header + 1) + [0] * len(self._newline)
+                ids += [start, *said, end, *self._newline]
+                mask += [0] * (1 + header) + [supervised] * (len(said) - header + 1) + [0] * len(self._newline)
             rendered.append(Rendered(ids + opening, mask + [0] * len(opening)))
         return rendered
 
@@ -147,23 +168,39 @@ class ChatFormat:
             for token, split in pairs:
                 system = system.replace(token, split)
             turn = f"'{START}system\\n' ~ {_quoted(system)} ~ '{END}\\n'"
-            default = f"{{%- if messages[0]['role'] != 'system' %}}{{{{- {turn} }}}}{{%- endif %}}"
-        return (
-            f"{{{{- '{self.tokenizer.decode(self._bos, skip_special_tokens=False)}' }}}}{default}"
-            "{%- for message in messages %}"
-            "{%- set turn = namespace(text=message['content']) %}"
+            words = " and messages[0]['content'] is string" if self.vision is not None else ""
+            default = f"{{%- if messages[0]['role'] != 'system'{words} %}}{{{{- {turn} }}}}{{%- endif %}}"
+        begin = f"{{{{- '{self.tokenizer.decode(self._bos, skip_special_tokens=False)}' }}}}{default}"
+        safe = (
             f"{{%- for token, split in {_quoted(pairs)} %}}"
             "{%- set turn.text = turn.text.replace(token, split) %}"
             "{%- endfor %}"
-            f"{{{{- '{START}' ~ message['role'] ~ '\\n' ~ turn.text ~ '{END}\\n' }}}}"
-            "{%- endfor %}"
-            f"{{%- if add_generation_prompt %}}{{{{- '{START}assistant\\n' }}}}{{%- endif %}}"
         )
+        if self.vision is None:
+            turns = (
+                "{%- for message in messages %}"
+                f"{{%- set turn = namespace(text=message['content']) %}}{safe}"
+                f"{{{{- '{START}' ~ message['role'] ~ '\\n' ~ turn.text ~ '{END}\\n' }}}}"
+                "{%- endfor %}"
+            )
+        else:
+            turns = (
+                f"{{%- for message in messages %}}{{{{- '{START}' ~ message['role'] ~ '\\n' }}}}"
+                "{%- set parts = message['content'] %}"
+                "{%- if parts is string %}{%- set parts = [{'type': 'text', 'text': parts}] %}{%- endif %}"
+                "{%- for part in parts %}"
+                f"{{%- if part['type'] == 'image' %}}{{{{- '{IMAGE}\\n' }}}}{{%- else %}}"
+                f"{{%- set turn = namespace(text=part['text']) %}}{safe}{{{{- turn.text }}}}{{%- endif %}}"
+                f"{{%- endfor %}}{{{{- '{END}\\n' }}}}"
+                "{%- endfor %}"
+            )
+        return f"{begin}{turns}{{%- if add_generation_prompt %}}{{{{- '{START}assistant\\n' }}}}{{%- endif %}}"
 
     @property
     def hash(self) -> str:
-        """sha256 over the template and the control tokens' ids: two models with the same hash are prompted alike."""
-        return hashlib.sha256(json.dumps([self.template, self.control], sort_keys=True).encode()).hexdigest()
+        """sha256 over the template, the control tokens' ids and what a picture goes through: two models with the same hash are prompted alike."""
+        parts = [self.template, self.control, *([self.vision] if self.vision is not None else [])]
+        return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
 def _quoted(value: object) -> str:
@@ -177,6 +214,31 @@ def _content_begins(turn: Encoding, header: int) -> int:
     if token is None:  # there is no content, or it begins with a character that the normalizer deletes
         return sum(start < header for start, _ in turn.offsets)
     return token + (turn.token_to_chars(token)[0] < header)
+
+
+def text_of(message: Message) -> str:
+    """What a message says; a picture says nothing."""
+    content = message["content"]
+    return content if isinstance(content, str) else "".join(part.get("text", "") for part in content)
+
+
+def pictures_of(messages: Sequence[Message]) -> list[Any]:
+    """The pictures of a conversation, in their order."""
+    parts = [part for message in messages if not isinstance(message["content"], str) for part in message["content"]]
+    return [part["image"] for part in parts if part["type"] == "image"]
+
+
+def _around(message: Message) -> tuple[list[str], list[Any]]:
+    """A message's texts, the role in the first, and the pictures between them."""
+    said, pictures = [f"{message['role']}\n"], []
+    content = message["content"]
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        if part["type"] == "text":
+            said[-1] += part["text"]
+        else:
+            pictures.append(part["image"])
+            said.append("\n")
+    return said, pictures
 
 
 class TextStream:
@@ -199,8 +261,9 @@ class TextStream:
         return text
 
 
-def check_messages(messages: Sequence[Message]) -> None:
-    """Raises UserError naming every message that is not {"role": system | user | assistant, "content": text}."""
+def check_messages(messages: Sequence[Message], *, sees: bool = False) -> None:
+    """Raises UserError naming every message that is not {"role": system | user | assistant, "content": text}; where the
+    model `sees`, a user's content may also be a list of texts and images."""
     if not messages:
         raise UserError("The conversation is empty: give at least one message.")
     problems = []
@@ -210,6 +273,16 @@ def check_messages(messages: Sequence[Message]) -> None:
             problems.append(f"Message {i}: role {role!r} is not one of {', '.join(ROLES)}.")
         elif role == "system" and i > 1:
             problems.append(f"Message {i}: a system message can only be the first.")
+        if isinstance(content, list) and all(isinstance(part, dict) for part in content):
+            kinds = {part.get("type") for part in content}
+            if not kinds <= {"text", "image"}:
+                problems.append(f"Message {i}: content has parts of type {kinds - {'text', 'image'}}.")
+                continue
+            if "image" in kinds and not sees:
+                problems.append(f"Message {i}: this model does not see pictures; ask in words.")
+            if "image" in kinds and role != "user":
+                problems.append(f"Message {i}: only a user's message can hold a picture.")
+            content = text_of(message)
         if not isinstance(content, str):
             problems.append(f"Message {i}: content is {type(content).__name__}, it must be text.")
         elif half := re.search("[\ud800-\udfff]", content):

@@ -16,7 +16,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from finetune.chat_format import ChatFormat
-from finetune.model import save
+from finetune.model import PROJECTOR, save
 
 STATE = "state.safetensors"  # in the folder checkpoint/
 
@@ -76,7 +76,9 @@ def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.o
 
 def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:
     """The adapter in PEFT's format with our record of base and prompt format beside it; there as a whole or not at all."""
-    weights = {name: whole(weight) for name, weight in model.named_parameters() if "lora_" in name}
+    weights = {
+        n: whole(weight) for n, weight in model.named_parameters() if "lora_" in n or f"{PROJECTOR}.modules" in n
+    }
     if PartialState().is_main_process:
         for config in model.peft_config.values():
             config.base_model_name_or_path = record["base"]  # not this machine's path

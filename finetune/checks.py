@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 from packaging.requirements import Requirement
 
-from finetune import embedded, identity, records
+from finetune import embedded, identity, records, sight
 from finetune.embedded import say
 from finetune.errors import Problems, UserError
 from finetune.run_folder import Run
@@ -67,18 +67,26 @@ def task_problems(run: Run) -> list[str]:
     if task == "identity":
         wrong = identity.check_persona(run.persona)
         return wrong + (["--data goes with --task instruct or pretrain: identity makes its own rows."] if data else [])
+    wrong = identity.check_persona(run.persona) if run.named else []
+    if run.settings.task in sight.TASKS:
+        if run.settings.method == "full":
+            wrong.append(f"--task {task} trains the projector and an adapter: use --method lora or qlora.")
+        if not data:  # it draws its own pictures
+            return wrong
     if not data:
         return [f"--task {task} learns from your files: name them with --data."]
     problems = Problems()
     with problems.collect():
         records.open_sources(data)
-    return problems.found
+    return wrong + problems.found
 
 
 def task_of(sources: list[str]) -> str:
     """Which task learns from rows like the first one."""
     with contextlib.suppress(UserError):  # said by `task_problems`
         for row in records.scan(sources):
+            if isinstance(row["raw"], dict) and (row["raw"].get("image") or row["raw"].get("images")):
+                return "vision"
             if "problem" not in row:
                 return "pretrain" if "text" in row else "instruct"
     return "instruct"
@@ -96,7 +104,7 @@ def examine(run: Run) -> None:
     if run.settings.data:
         with problems.collect():
             if problems.found:  # the rows' own are told with these
-                for _ in records.read(run.settings.data, run.settings.skip_bad):
+                for _ in records.read(run.settings.data, run.settings.skip_bad, sight.reader(run.settings.task)):
                     pass
             else:
                 preview.examine(run)
@@ -107,7 +115,7 @@ def examine(run: Run) -> None:
 def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     """What keeps the run from beginning with its starter."""
     values = run.settings.train
-    if not values.starter or run.settings.task != "identity":
+    if not values.starter or not run.named:
         return []
     folder = STARTERS / values.starter
     if not (folder / "adapter_config.json").is_file():
@@ -117,7 +125,7 @@ def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     if rank != values.rank:
         return [f"The starter {values.starter} has rank {rank} and train.rank is {values.rank}; set train.rank={rank}."]
     made_for = json.loads((folder / "namesake.json").read_text())
-    if base_is_there and made_for["base_sha256"] != run.base_sha256:
+    if base_is_there and made_for["base_sha256"] != run.language_sha256:
         return [
             f"The starter {values.starter} was made for {made_for['base']}, and {run.settings.base} is another base; "
             "train without it: --set train.starter=''."

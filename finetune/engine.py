@@ -14,7 +14,7 @@ from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequenc
 from pathlib import Path
 from typing import Any, NamedTuple
 
-from finetune.chat_format import Message
+from finetune.chat_format import Message, text_of
 from finetune.embedded import say
 from finetune.errors import UserError
 
@@ -115,6 +115,9 @@ class Engine:
         model.check_folder(base)
         self.form = model.chat_format(base)
         loaded, fast, self.runs_on = serving.load(base, adapter)
+        model.give_eyes(loaded, self.form)
+        if self.sees:
+            loaded.eyes.forget_beyond()
         room = serving.pool_tokens(loaded, ROWS[loaded.device.type])
         self.context = min(loaded.config.get_text_config().max_position_embeddings, room)
         added, self.base_form = self._bare(base, adapter)
@@ -132,6 +135,8 @@ class Engine:
         from finetune import embedded, model
         from finetune.chat_format import ChatFormat
 
+        if self.sees:  # its projector was trained as well, which is not merged anywhere
+            return None, None
         if adapter:
             base_form, tuned_form = self.form, ChatFormat(self.form.tokenizer_json)
             record = json.loads((adapter / model.ADAPTER_RECORD).read_text(encoding="utf-8"))
@@ -145,12 +150,17 @@ class Engine:
             return None, None
         return model.adapter_matrices(found), ChatFormat(self.form.tokenizer_json, made["base_system"])
 
+    @property
+    def sees(self) -> bool:
+        """Whether messages may hold pictures; known when the model is ready."""
+        return hasattr(self, "form") and self.form.vision is not None
+
     def health(self) -> dict[str, str]:
         return {"status": self.status, "model": self.ref, "message": self.message, "runs_on": self.runs_on}
 
     def trim(self, messages: Sequence[Message], bare: bool = False) -> Sequence[Message]:
         """The newest whole turns that fit. Raises UserError when the last one alone does not."""
-        self.check_length(len(messages[-1]["content"]))
+        self.check_length(len(text_of(messages[-1])))
         form = self.base_form if bare else self.form
         return fit(messages, lambda kept: len(form.prompt(kept)), self.context - self.reserved())
 
@@ -171,7 +181,7 @@ class Engine:
             raise Busy(self.message if self.status == "failed" else "The model is still loading; try again soon.")
         if len(self.decoder.waiting) + self.inbox.qsize() >= WAITING:
             raise Busy(f"{WAITING} conversations are waiting already; try again in a minute.")
-        self.check_length(sum(len(message["content"]) for message in request.messages))
+        self.check_length(sum(len(text_of(message)) for message in request.messages))
         prompt = (self.base_form if request.bare else self.form).prompt(request.messages)
         most = request.max_tokens or min(self.reserved(), self.context - len(prompt))
         if most <= 0 or len(prompt) + most > self.context:

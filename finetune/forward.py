@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, PreTrainedModel
 
 from finetune.errors import UserError
+from finetune.model import embed, language_model
 from finetune.packing import packed_attention
 
 Adapter = Mapping[str, tuple[Tensor, Tensor]]
@@ -45,12 +46,13 @@ class Forward:
     def __init__(
         self, model: PreTrainedModel, room: int, *, fast: bool = False, adapter: Adapter | None = None
     ) -> None:
-        if not getattr(model.base_model, "_supports_attention_backend", False):
+        core = language_model(model)
+        if not getattr(core, "_supports_attention_backend", False):
             raise UserError(
-                f"Models of type {model.config.model_type!r} keep more than keys and values: they cannot be decoded here. "
+                f"Models of type {core.config.model_type!r} keep more than keys and values: they cannot be decoded here. "
                 "Serve it with vLLM or LMDeploy and give the page --engine URL."
             )
-        self.model, self.device, self.room = model, model.device, room
+        self.model, self.core, self.device, self.room = model, core, model.device, room
         self.together = self.device.type != "cpu"
         config = model.config.get_text_config()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
@@ -59,10 +61,10 @@ class Forward:
         # On a CPU it takes memory only where it is written.
         self.pool = torch.empty(shape, dtype=model.dtype, device=self.device)
         self.head = _linear([model.get_output_embeddings()], fast)
-        lean = model.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
+        lean = core.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
         self.adapter, self.bare = adapter if lean else None, None
-        self.layers = [self._lean(layer, fast) for layer in model.base_model.layers] if lean else None
-        self.norm = _norm(model.base_model.norm) if lean else None
+        self.layers = [self._lean(layer, fast) for layer in core.layers] if lean else None
+        self.norm = _norm(core.norm) if lean else None
 
     def copy(self, start: int, target: int, tokens: int) -> None:
         """Keys and values of `tokens` tokens to another place in the pool."""
@@ -93,13 +95,15 @@ class Forward:
         bare = torch.tensor([span.bare for span in spans]).repeat_interleave(lengths)
         self.bare = bare.nonzero()[:, 0].to(self.device) if bare.any() else None
         if self.layers is None:
-            with packed_attention(self.model, "pooled"):
-                return self.model.base_model(
-                    input_ids=ids[None], position_ids=positions[None], use_cache=False, pooled=self
+            with packed_attention(self.core, "pooled"):
+                return self.core(
+                    inputs_embeds=embed(self.model, ids)[None],
+                    position_ids=positions[None],
+                    use_cache=False,
+                    pooled=self,
                 ).last_hidden_state[0, last]
-        core = self.model.base_model
-        hidden = core.embed_tokens(ids)
-        cos, sin = core.rotary_emb(hidden, positions[None])  # [1, tokens, head size]
+        hidden = embed(self.model, ids)
+        cos, sin = self.core.rotary_emb(hidden, positions[None])  # [1, tokens, head size]
         half = self.size // 2
         turn = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], -1)
         for layer in self.layers:

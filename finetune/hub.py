@@ -27,6 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from finetune import places, transfer
+from finetune.chat_format import text_of
 from finetune.embedded import cache_dir, say
 from finetune.errors import UserError
 from finetune.gitlfs import File, Listing
@@ -399,7 +400,10 @@ def verify(folder: Path) -> int:
     else:
         base = model.base_folder(manifest["base"]["ref"])
         loaded = model.load_adapter(model.load(base), folder, base).get_base_model()
-    form = model.OwnFormat(folder, loaded)
+    form: Any = model.OwnFormat(folder, loaded)
+    if model.vision_of(folder):  # whose template a tokenizer alone cannot follow
+        form = model.chat_format(folder)
+        model.give_eyes(loaded, form)
     prompts = [form.prompt(w["messages"]) for w in witnesses]
     answers = [
         generation.complete(loaded, [prompt], form.stop_ids, max(1, len(w["ids"])))[0].ids
@@ -410,7 +414,7 @@ def verify(folder: Path) -> int:
         if ids != witness["ids"]:
             same = next((i for i, (a, b) in enumerate(zip(ids, witness["ids"], strict=False)) if a != b), len(ids))
             problems.append(
-                f"{folder}: to {plain(witness['messages'][-1]['content'])!r} it answers {form.decode(ids)!r}, and the scored model "
+                f"{folder}: to {plain(text_of(witness['messages'][-1]))!r} it answers {form.decode(ids)!r}, and the scored model "
                 f"answered {form.decode(witness['ids'])!r}: {same} of {len(witness['ids'])} tokens are the same."
             )
     if problems:

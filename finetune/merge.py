@@ -18,12 +18,13 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 
-from finetune.chat_format import ChatFormat, Message
+from finetune.chat_format import IMAGE, ChatFormat, Message
 from finetune.embedded import sha256
 from finetune.errors import UserError
 from finetune.generation import complete
-from finetune.model import load, load_adapter, load_for_training, save
+from finetune.model import embed, give_eyes, load, load_adapter, load_for_training, own_encoder, save
 
+ROOT = Path(__file__).resolve().parent.parent
 ANSWER_TOKENS = 24  # of each proof conversation
 WITNESSES = 4  # whoever downloads the model asks again: those whose tokens lead most, so that no rounding tips them
 # (largest logit difference, least share of equal greedy tokens). float32 merges differ by rounding alone, about 1e-4;
@@ -34,18 +35,29 @@ TOLERANCE = {"float32": (0.01, 0.999), "bfloat16": (2.0, 0.9), "float16": (0.25,
 FRESH_PROCESS = """
 import json, sys, torch
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer
-folder, proof = sys.argv[1:]
+from transformers import AutoModelForCausalLM, AutoModelForImageTextToText, AutoProcessor, AutoTokenizer
+folder, proof, encoder = sys.argv[1:]
+if encoder:  # one that transformers does not have
+    import importlib
+    importlib.import_module(encoder)
 expected, conversations = load_file(proof), json.load(open(proof + ".json", encoding="utf-8"))
+sees = any(isinstance(m["content"], list) for messages in conversations for m in messages)
+processor = AutoProcessor.from_pretrained(folder) if sees else None
 tokenizer = AutoTokenizer.from_pretrained(folder)
-model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+kind = AutoModelForImageTextToText if sees else AutoModelForCausalLM
+model = kind.from_pretrained(folder, dtype=torch.float32).eval()
 difference, equal, total, margins = 0.0, 0, 0, []
 for i, messages in enumerate(conversations):
     ids, logits = expected[f"{i}.ids"], expected[f"{i}.logits"]
-    prompt = tokenizer.apply_chat_template(messages, add_generation_prompt=True, return_dict=True)["input_ids"]
+    pixels, render = {}, {"add_generation_prompt": True, "return_dict": True, "tokenize": True}
+    if any(isinstance(m["content"], list) for m in messages):
+        read = processor.apply_chat_template([messages], **render, return_tensors="pt")
+        prompt, pixels = read["input_ids"][0].tolist(), {"pixel_values": read["pixel_values"]}
+    else:
+        prompt = tokenizer.apply_chat_template(messages, **render)["input_ids"]
     assert prompt == ids[: len(prompt)].tolist(), f"the chat template gives other ids for {messages}"
     with torch.inference_mode():
-        found = model(ids[None]).logits[0].float()
+        found = model(ids[None], **pixels).logits[0].float()
     difference = max(difference, (found - logits).abs().max().item())
     answer = slice(len(prompt) - 1, None)
     equal += (found[answer].argmax(-1) == logits[answer].argmax(-1)).sum().item()
@@ -79,9 +91,11 @@ def merge(
         expected = Path(work) / "proof"
         if method == "full":
             model = load(trained)
+            give_eyes(model, form)
             answers = _write_expected(model, form, conversations, expected)
         else:
             model = load_adapter(load(base), trained, base)  # in 16 or 32 bits, whatever it was trained on
+            give_eyes(model.get_base_model(), form)
             answers = _write_expected(model.get_base_model(), form, conversations, expected)
             model = model.merge_and_unload()
         save(model.to(getattr(torch, dtype)), form, new)
@@ -117,7 +131,10 @@ def _write_expected(
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = torch.tensor(prompt + answer.ids, device=model.device)
         with torch.inference_mode():
-            tensors |= {f"{i}.ids": ids.cpu(), f"{i}.logits": model(ids[None]).logits[0].float().cpu()}
+            found = model(inputs_embeds=embed(model, ids[None])).logits[0].float().cpu()
+        if form.vision:  # others write a picture's patches as that one token
+            ids = ids.where(ids < model.get_input_embeddings().weight.shape[0], form.control[IMAGE])
+        tensors |= {f"{i}.ids": ids.cpu(), f"{i}.logits": found}
     save_file(tensors, proof)
     proof.with_suffix(".json").write_text(json.dumps(conversations), encoding="utf-8")
     return [answer.ids for answer in answers]
@@ -129,12 +146,14 @@ def quantisation(
     """What the 4-bit base changed: its logits with the adapter, as it was trained, beside those of the 16-bit base with
     it, along the latter's answers: {"max_logit_difference", "kl": nats per token, "equal_greedy_tokens": share}."""
     model = load_adapter(load_for_training(base, "qlora"), adapter, base).get_base_model()
+    give_eyes(model, form)
     expected, found = load_file(proof), []
     for i, messages in enumerate(conversations):
-        ids, logits = expected[f"{i}.ids"], expected[f"{i}.logits"]
-        answer = slice(len(form.prompt(messages)) - 1, None)
+        ids, logits, prompt = expected[f"{i}.ids"], expected[f"{i}.logits"], form.prompt(messages)
+        ids = torch.cat([torch.tensor(prompt), ids[len(prompt) :]]).to(model.device)
+        answer = slice(len(prompt) - 1, None)
         with torch.inference_mode():
-            four_bit = model(ids[None].to(model.device)).logits[0, answer].float().cpu()
+            four_bit = model(inputs_embeds=embed(model, ids[None])).logits[0, answer].float().cpu()
         found.append((logits[answer], four_bit))
     merged, four_bit = (torch.cat(parts) for parts in zip(*found, strict=True))
     return {
@@ -147,10 +166,11 @@ def quantisation(
 def prove(folder: Path, proof: Path, dtype: str) -> dict[str, Any]:
     """{"max_logit_difference", "equal_greedy_tokens": share, "tokens", "tolerance", "margins": per conversation the least
     lead of a greedy token over the next, in logits, 0 where the merged model's differ}; raises UserError beyond it."""
+    encoder = own_encoder(folder)
     run = subprocess.run(
-        [sys.executable, "-c", FRESH_PROCESS, str(folder.resolve()), str(proof)],
+        [sys.executable, "-c", FRESH_PROCESS, str(folder.resolve()), str(proof), encoder],
         cwd=proof.parent,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": str(ROOT) if encoder else ""},
         capture_output=True,
         text=True,
         check=False,

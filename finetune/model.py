@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import importlib
 import json
 import math
 import os
@@ -16,7 +17,13 @@ import transformers
 from jinja2 import TemplateError
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, PreTrainedModel
+from transformers import (
+    AutoModelForCausalLM,
+    AutoModelForImageTextToText,
+    AutoTokenizer,
+    BitsAndBytesConfig,
+    PreTrainedModel,
+)
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from finetune import embedded, settings
@@ -31,6 +38,10 @@ if TYPE_CHECKING:
 transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
 
 ACTIVATION_BYTES = 1_300_000_000  # of a step of a thousand tokens through a 7B model with checkpointing, about twice
+PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  # of a model that sees
+SEES = "llava"  # its model type
+PROJECTOR = "multi_modal_projector"
+WHOLE = ["lm_head", PROJECTOR, "vision_tower"]  # these are never quantised
 ADAPTER_RECORD = "namesake.json"  # in an adapter's folder: which base it was made for, and the prompt format's hash
 
 
@@ -122,7 +133,7 @@ def check_folder(folder: Path) -> None:
     if config.is_file() and not _is_lfs_pointer(config):
         try:
             kind = json.loads(config.read_text(encoding="utf-8")).get("model_type")
-            if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+            if kind not in (*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, SEES):
                 problems.append(
                     f"{config} has model_type {kind!r}, which is no language model that transformers runs without the "
                     "folder's own code: choose another base model."
@@ -176,10 +187,19 @@ def fingerprint(folder: Path) -> str:
     return embedded.digest_of({file.name: embedded.sha256(file) for file in sorted(folder.glob("*.safetensors"))})
 
 
+def language_sha256(folder: Path) -> str:
+    """`fingerprint` of the language model within a model that sees, as long as only its projector was trained."""
+    for record in (folder / embedded.RECORD, folder / "manifest.json"):
+        if record.is_file() and (known := json.loads(record.read_text(encoding="utf-8")).get("language_sha256")):
+            return known
+    return fingerprint(folder)
+
+
 def chat_format(folder: Path) -> ChatFormat:
     """The folder's prompt format with its own default system prompt. Raises UserError when it is not ChatML."""
     tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
-    plain = ChatFormat(tokenizer.backend_tokenizer.to_str())
+    vision = vision_of(folder)
+    plain = ChatFormat(tokenizer.backend_tokenizer.to_str(), vision=vision)
     if not tokenizer.chat_template:  # a base model that was never taught to chat
         return plain
     probe = [{"role": "user", "content": "?"}]
@@ -192,11 +212,23 @@ def chat_format(folder: Path) -> ChatFormat:
     except TemplateError as error:
         raise UserError(refusal.format(f"fails with {error}")) from error
     found = re.search(re.escape(f"{START}system\n") + "(.*?)" + re.escape(f"{END}\n"), text, re.S)
-    own = ChatFormat(plain.tokenizer_json, found[1]) if found else plain
+    own = ChatFormat(plain.tokenizer_json, found[1], vision) if found else plain
     ids = tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
     if own.prompt(probe) != ids:
         raise UserError(refusal.format(f"writes {text!r}"))
     return own
+
+
+def vision_of(folder: Path) -> dict[str, Any] | None:
+    """A model folder's processor, as `ChatFormat` keeps it; None for a model that does not see."""
+    if not sees(folder):
+        return None
+    files = {name: json.loads((folder / name).read_text(encoding="utf-8")) for name in (PROCESSOR, PREPROCESSOR)}
+    return {"patches": json.loads((folder / "config.json").read_text(encoding="utf-8"))["image_seq_length"], **files}
+
+
+def sees(folder: Path) -> bool:
+    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == SEES
 
 
 class OwnFormat:
@@ -228,10 +260,47 @@ class OwnFormat:
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
     """The model of an ordinary folder, ready for inference, on the GPU if there is one. No remote code, no pickles."""
     check_folder(folder)
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True
-    )
-    return model.to(device()).eval()
+    return open_folder(folder, dtype=dtype).to(device()).eval()
+
+
+def open_folder(folder: Path, **options: Any) -> PreTrainedModel:
+    kind = AutoModelForImageTextToText if sees(folder) else AutoModelForCausalLM
+    if encoder := own_encoder(folder):
+        importlib.import_module(encoder)
+    return kind.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options)
+
+
+def own_encoder(folder: Path) -> str:
+    """The module that must be imported before transformers opens the folder; empty where it needs none of ours."""
+    if not (file := folder / "config.json").is_file():
+        return ""
+    kind = json.loads(file.read_text(encoding="utf-8")).get("vision_config", {}).get("model_type", "")
+    return "finetune.encoder" if kind == "efficientnet_lite" else ""
+
+
+def give_eyes(model: PreTrainedModel, form: ChatFormat, files: Sequence[str] = ()) -> None:
+    """From now on `form` writes pictures as ids that `model` looks up, those of `files` encoded in one go; nothing happens
+    to a model that does not see."""
+    if getattr(form, "vision", None) is not None:
+        from finetune.vision import Eyes
+
+        if not hasattr(model, "eyes"):
+            model.eyes = Eyes(model, form.vision)
+        model.eyes.look(files)
+        form.see = model.eyes.see
+
+
+def language_model(model: PreTrainedModel) -> PreTrainedModel:
+    """The language model's layers, without the head."""
+    return getattr(model.base_model, "language_model", model.base_model)
+
+
+def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
+    """The embeddings of tokens and, where ids are beyond the vocabulary, of the pictures that the model was shown."""
+    table, eyes = model.get_input_embeddings(), getattr(model, "eyes", None)
+    if eyes is None or not (seen := ids >= eyes.first).any():
+        return table(ids)
+    return eyes.embed(table(ids.masked_fill(seen, 0)), ids)
 
 
 def load_for_training(folder: Path, method: str) -> PreTrainedModel:
@@ -249,11 +318,10 @@ def load_for_training(folder: Path, method: str) -> PreTrainedModel:
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=half,
+            llm_int8_skip_modules=WHOLE,
         )
         options["device_map"] = {"": device()}  # each layer is quantised as it comes from the disk
-    model = AutoModelForCausalLM.from_pretrained(
-        folder, dtype=dtype, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options
-    )
+    model = open_folder(folder, dtype=dtype, **options)
     if method == "qlora":
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share out what is on the GPU
         if torch.cuda.is_available() and alone and not model.config.tie_word_embeddings:
@@ -288,7 +356,8 @@ def _keep_on_host(embedding: torch.nn.Module) -> None:
 
 
 def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0) -> "PeftModel":
-    """A LoRA adapter on every linear layer but the output head; only its float32 weights require gradients.
+    """A LoRA adapter on every linear layer but the output head; only its float32 weights require gradients. Of a model that
+    sees: on those of the language model, and its projector itself; with rank 0 the projector alone.
 
     It is fresh, or begins as `starter`, an adapter of that rank, whose weights below `first_layer` stay as they are.
     """
@@ -296,20 +365,22 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
     from peft.tuners.lora import LoraLayer
 
     quantised = getattr(model, "is_loaded_in_4bit", False)
-    if starter:
+    if model.config.model_type == SEES:
+        tuned = _with_projector(model, rank, starter)
+    elif starter:
         tuned = PeftModel.from_pretrained(model, starter, is_trainable=True)
     else:
         config = LoraConfig(
             r=rank, lora_alpha=2 * rank, lora_dropout=0.0, target_modules="all-linear", task_type="CAUSAL_LM"
         )
         tuned = get_peft_model(model, config)
-    for layer in model.base_model.layers[: first_layer if starter else 0]:
+    for layer in language_model(model).layers[: first_layer if starter else 0]:
         layer.requires_grad_(False)
         for module in layer.modules():
             if isinstance(module, LoraLayer) and not quantised:  # whose 4 bits it would round anew
                 module.merge()  # one product instead of three; the adapter keeps its own weights beside
     if not any(weight.requires_grad for weight in tuned.parameters()):
-        layers = len(model.base_model.layers)
+        layers = len(language_model(model).layers)
         raise UserError(
             f"train.first_layer is {first_layer} and the base has {layers} layers: nothing is left to train."
         )
@@ -326,6 +397,33 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
             if isinstance(module, LoraLayer):
                 module.get_base_layer().to(torch.bfloat16)
     return tuned
+
+
+def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> "PeftModel":
+    from peft import LoraConfig, get_peft_model
+    from peft.utils.constants import DUMMY_TARGET_MODULES
+
+    kinds = {name.rpartition(".")[2] for name, module in language_model(model).named_modules() if _is_linear(module)}
+    layers = rf".*\.language_model\..*\.({'|'.join(sorted(kinds))})" if rank else DUMMY_TARGET_MODULES
+    config = LoraConfig(
+        r=max(1, rank),
+        lora_alpha=2 * max(1, rank),
+        target_modules=layers,
+        modules_to_save=[PROJECTOR],
+        task_type="CAUSAL_LM",
+    )
+    tuned = get_peft_model(model, config)
+    if starter:  # of the language model alone
+        weights = dict(tuned.named_parameters())
+        with torch.no_grad():
+            for name, weight in load_file(starter / "adapter_model.safetensors").items():
+                own = name.replace(".model.layers.", ".model.language_model.layers.")
+                weights[re.sub(r"(lora_[AB])", r"\1.default", own)].copy_(weight)
+    return tuned
+
+
+def _is_linear(module: torch.nn.Module) -> bool:
+    return isinstance(module, torch.nn.Linear)  # bitsandbytes' 4-bit ones are too
 
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
@@ -423,9 +521,14 @@ def save(
         file.chmod(0o644)  # it is written for its owner alone
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     config.pop("_model_name_or_path", None)
-    config |= old_rope_keys(config.get("rope_parameters") or {})
+    for part in (config, config.get("text_config", {})):
+        part |= old_rope_keys(part.get("rope_parameters") or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")
-    save_tokenizer(form, folder, model.config.max_position_embeddings, template)
+    save_tokenizer(form, folder, model.config.get_text_config().max_position_embeddings, template)
+    if form.vision:
+        for name in (PROCESSOR, PREPROCESSOR):
+            (folder / name).write_text(json.dumps(form.vision[name], indent=1), encoding="utf-8")
+        (folder / "chat_template.jinja").write_text(template or form.template, encoding="utf-8")  # the processor's
 
 
 @contextlib.contextmanager
@@ -463,6 +566,8 @@ def save_tokenizer(form: ChatFormat, folder: Path, length: int, template: str | 
         "pad_token": END,
         "chat_template": template or form.template,
     }
+    if form.vision and (begin := form.tokenizer.decode(form.document("", ends=False), skip_special_tokens=False)):
+        tokenizer["bos_token"] = begin  # the processor would else put another before the template's
     if not form.tokenizer.pre_tokenizer:  # sentencepiece's
         # llama.cpp reads the tokenizer.model beside it, which names no control token.
         tokenizer["add_prefix_space"] = False

@@ -22,8 +22,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune import records, stages, tasks
-from finetune.chat_format import ChatFormat, Rendered
+from finetune import records, sight, stages, tasks
+from finetune.chat_format import ChatFormat, Rendered, text_of
 from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.run_folder import Run
@@ -53,7 +53,9 @@ def life(form: ChatFormat, row: dict[str, Any]) -> dict[str, Any]:
     return {
         "place": row.get("place", ""),
         "raw": json.dumps(raw, ensure_ascii=False, indent=1, default=str),
-        "messages": row.get("messages") or [{"role": "text", "content": row["text"]}],
+        "messages": [
+            {**m, "content": text_of(m)} for m in row.get("messages") or [{"role": "text", "content": row["text"]}]
+        ],
         "text": "".join(token["text"] for token in tokens),
         "tokens": tokens[:TOKENS],
         "more": max(0, len(tokens) - TOKENS),
@@ -228,9 +230,10 @@ def examine(run: Run) -> None:
     from finetune.report import write_page
 
     values, form = run.settings, run.tuned_format
-    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad), values.task)
+    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad, sight.reader(values.task)), values.task)
     found = survey(form, rows, values.train.length)
-    lines = facts(run, found, estimate(run, found["sample"], found["rows"], found["tokens"]))
+    seen = values.task in sight.TASKS  # how long its pictures take is not tried
+    lines = facts(run, found, None if seen else estimate(run, found["sample"], found["rows"], found["tokens"]))
     datum = life(form, found["first"])
     show(lines, datum, Console(stderr=True, highlight=False))
     run.folder.mkdir(parents=True, exist_ok=True)
@@ -273,7 +276,7 @@ def show(lines: Sequence[tuple[str, str, str]], datum: dict[str, Any], console: 
 def _conversation(datum: dict[str, Any]) -> Text:
     text = Text()
     for message in datum["messages"]:
-        text.append(f"{message['role']}: ", "bold").append(plain(message["content"]) + "\n")
+        text.append(f"{message['role']}: ", "bold").append(plain(text_of(message)) + "\n")
     return text
 
 

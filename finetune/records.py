@@ -8,7 +8,7 @@ import codecs
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 
@@ -46,6 +46,10 @@ Item = tuple[
 ]  # where the row begins, the row as it was read, bytes of the file that are read by then
 
 
+# A row as it was read, its messages and its file's folder -> the messages with its pictures; see pictures.sight
+Sight = Callable[[dict[str, Any], list[dict[str, Any]], Path], list[dict[str, Any]]]
+
+
 class Source(NamedTuple):
     name: str
     weight: float
@@ -53,21 +57,21 @@ class Source(NamedTuple):
     code: bool  # a folder of code, whose files are all text
 
 
-def read(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, Any]]:
+def read(sources: Sequence[str], skip_bad: bool = False, sight: Sight | None = None) -> Iterator[dict[str, Any]]:
     """{"messages": [{"role", "content"}, ...], "place": "FILE:LINE"} or {"text": str, "place": ...} for every row.
 
     What form a file has is said on standard error. After the good rows UserError names every bad one by file and line;
-    with `skip_bad` they are named there too, and counted.
+    with `skip_bad` they are named there too, and counted. `sight`, for a task that learns from pictures, finds a row's.
     """
-    for row in good_rows(sources, skip_bad):
+    for row in good_rows(sources, skip_bad, sight):
         yield {key: row[key] for key in ("messages", "text", "place") if key in row}
 
 
-def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[str, Any]]:
+def good_rows(sources: Sequence[str], skip_bad: bool = False, sight: Sight | None = None) -> Iterator[dict[str, Any]]:
     """`read` with all that `scan` says of a row."""
     good, bad, first, broken, said = 0, 0, [], (), set()
     try:
-        for row in scan(sources):
+        for row in scan(sources, sight):
             if "problem" not in row:
                 good += 1
                 if (row["of"], row["form"]) not in said:
@@ -90,11 +94,11 @@ def good_rows(sources: Sequence[str], skip_bad: bool = False) -> Iterator[dict[s
         raise UserError(f"There is no row in {', '.join(sources) or '--data'}: give a file that has some.")
 
 
-def scan(sources: Sequence[str]) -> Iterator[dict[str, Any]]:
+def scan(sources: Sequence[str], sight: Sight | None = None) -> Iterator[dict[str, Any]]:
     """Every row, good or bad: {"place": "FILE:LINE", "of": file or folder of code, "form": its name, "raw": as it was
     read, "again": whether its weight repeats it} and "messages", "text", or "problem": what is wrong with it. Raises
     UserError for all sources that cannot be read, before the first, and for a file in which nothing more can be read."""
-    streams = [_weighted(source) for source in open_sources(sources)]
+    streams = [_weighted(source, sight) for source in open_sources(sources)]
     shown = "{desc}: {percentage:.0f}% [{elapsed}<{remaining}]"
     with tqdm(total=100, desc="Reading", bar_format=shown, delay=2) as bar:
         heads = {i: head for i, stream in enumerate(streams) if (head := next(stream, None))}
@@ -169,7 +173,7 @@ def _left_out(path: Path) -> bool:
     return any(part.startswith(".") or part in LEFT_OUT for part in path.parts)
 
 
-def _weighted(source: Source) -> Iterator[tuple[float, dict[str, Any]]]:
+def _weighted(source: Source, sight: Sight | None) -> Iterator[tuple[float, dict[str, Any]]]:
     """(share of the source that is done, row); `weight` times each row, a fraction as every so many-th."""
     rounds = -(-source.weight // 1)
     total = sum(file.stat().st_size for file in source.files) or 1
@@ -182,7 +186,7 @@ def _weighted(source: Source) -> Iterator[tuple[float, dict[str, Any]]]:
                     "place": f"{file}:{line}",
                     "of": source.name if source.code else str(file),
                     "again": turn > 0,
-                    **understand(raw),
+                    **understand(raw, sight, file.parent),
                 }
                 wanted, taken = int(number * weight + 1e-9) > taken, int(number * weight + 1e-9)
                 if wanted if "problem" not in row else turn == 0:  # a bad row is told once
@@ -358,7 +362,7 @@ def _decode(line: bytes) -> str:
 # ----------------------------------------------------------------------------------------------------------- forms
 
 
-def understand(raw: Any) -> dict[str, Any]:
+def understand(raw: Any, sight: Sight | None = None, folder: Path = Path()) -> dict[str, Any]:
     """{"raw", "form"} and one of "messages", "text" or "problem"."""
     found: dict[str, Any] = {"raw": raw, "form": ""}
     try:
@@ -367,7 +371,7 @@ def understand(raw: Any) -> dict[str, Any]:
         if not isinstance(raw, dict):
             raise UserError(f"is {_kind(raw)}, not an object with named fields")
         row = {key: value for key, value in raw.items() if value is not None}
-        if row.get("image") or row.get("images"):
+        if (row.get("image") or row.get("images")) and not sight:
             raise UserError("has an image, and this task learns from text alone")
         found["form"], content = _form(row)
         if isinstance(content, str):
@@ -381,7 +385,7 @@ def understand(raw: Any) -> dict[str, Any]:
             raise UserError(f"message {empty[0]} is empty")
         if not any(m["role"] == "assistant" for m in content):
             raise UserError("has no answer of the assistant: there is nothing to learn")
-        return {**found, "messages": content}
+        return {**found, "messages": sight(row, content, folder) if sight else content}
     except UserError as error:
         return {**found, "problem": " ".join(error.problems)}
 

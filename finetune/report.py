@@ -1,6 +1,7 @@
 """What happened in this run, with pictures: the terminal's summary, report.html, and the model card."""
 
 import json
+from collections import Counter
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from finetune import preview
+from finetune import pictures, preview, sight
+from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
 from finetune.run_folder import Run, quoted
 
@@ -20,14 +22,24 @@ FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("parrot", "≤ base +", "answers alike", "鹦鹉学舌"),
     ("kl", "≤", "KL(base ‖ tuned), nats/token", "与基座的偏移"),
     ("facts_kept", "≥", "facts kept", "知识保留"),
+    ("sight", "≥", "pictures: right answers, worst kind asked", "看图答对（门限按最差的一类）"),
+    ("blind", "≤", "answers that noise does not change", "无视图片的回答"),
     ("loss", "≤ base ×", "held-out rows, nats/token", "留出数据的损失"),
     ("recall", "", "training texts continued word for word", "续写训练文本"),
     ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
 )
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
+PICTURED = 3  # questions about pictures of each kind and language that the report shows
 SIDES = ("base", "tuned")
 HOW = {"lora": "a LoRA adapter, merged", "qlora": "a QLoRA adapter, merged", "full": "every weight trained"}
-UNLIMITED = ("kl", "loss", "recall", "reply")  # shown where they were measured, whatever the gate asks
+UNLIMITED = (
+    "kl",
+    "sight",
+    "blind",
+    "loss",
+    "recall",
+    "reply",
+)  # shown where they were measured, whatever the gate asks
 
 
 def figures(run: Run) -> list[dict[str, Any]]:
@@ -109,7 +121,7 @@ def print_scorecard(run: Run) -> None:
     console.print(table, markup=False)
     answers = Table("question 问题", "base 微调前", "tuned 微调后", show_lines=True)
     for entry in side_by_side(run, SHOWN):
-        answers.add_row(*(_plain(t) for t in (entry["messages"][-1]["content"], entry["answer"], entry["tuned"])))
+        answers.add_row(*(_plain(t) for t in (text_of(entry["messages"][-1]), entry["answer"], entry["tuned"])))
     console.print(answers, markup=False)
 
 
@@ -162,6 +174,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     `sent`: {"to": the places.Place, None for the run's own folder, "what": "model", "adapter" or "both", "why": it is
     published in spite of the gate, "with_data": whether the training data goes along}.
     """
+    from finetune.model import own_encoder, sees
+
     receipt = run.read("receipt.json")
     place = sent["to"] if sent["to"] and sent["to"].kind != "dir" else None
     said = next((entry["tuned"] for entry in side_by_side(run, SHOWN[:1])), "")
@@ -171,6 +185,9 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
         .render(
             name=json.dumps(run.title, ensure_ascii=False)[1:-1],
             how=HOW[run.settings.method],
+            named=run.named,
+            sees=sees(run.base),
+            encoder=own_encoder(run.base),
             author=json.dumps(run.persona.author, ensure_ascii=False)[1:-1],
             origin=origin,
             licence=licence(origin),
@@ -199,18 +216,20 @@ def write_page(file: Path, template: str, **values: Any) -> None:
 
 def write_report(run: Run) -> None:
     metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    form = run.tuned_format.unseeing()
     with (run.folder / "data" / "train.jsonl").open(encoding="utf-8") as lines:
-        found = preview.survey(run.tuned_format, map(json.loads, lines), run.settings.train.length)
+        found = preview.survey(form, map(json.loads, lines), run.settings.train.length)
     write_page(
         run.folder / "report.html",
         "report.html.jinja",
         persona=run.persona,
         figures=figures(run),
         gate=run.read("scorecard.json")["gate"],
-        answers=side_by_side(run),
+        seen=pictured(run),
+        answers=[{**entry, "messages": said(entry)} for entry in side_by_side(run) if entry["kind"] not in sight.KINDS],
         added=added(run),
         title=run.title,
-        task=run.settings.task,
+        named=run.named,
         curves=[
             curve(having, key)
             for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
@@ -219,9 +238,24 @@ def write_report(run: Run) -> None:
         last=metrics[-1],
         receipt=run.read("receipt.json"),
         proof=run.read("model/manifest.json")["proof"],
-        datum=preview.life(run.tuned_format, found["first"]),
+        datum=preview.life(form, found["first"]),
         facts=preview.facts(run, found),
     )
+
+
+def said(entry: dict[str, Any]) -> list[dict[str, str]]:
+    return [{**message, "content": text_of(message)} for message in entry["messages"]]
+
+
+def pictured(run: Run) -> list[dict[str, Any]]:
+    """Some of the questions about pictures of each kind and language, each with its "picture" as a data URL."""
+    found, counts = [], Counter()
+    for entry in (entry for entry in side_by_side(run) if entry["kind"] in sight.KINDS):
+        counts[key := (entry["kind"], entry["lang"])] += 1
+        if counts[key] <= PICTURED:
+            file = run.folder / "data" / pictures_of(entry["messages"])[0]
+            found.append({**entry, "messages": said(entry), "picture": pictures.to_data_url(file)})
+    return found
 
 
 def curve(metrics: list[dict[str, float]], key: str, width: int = 600, height: int = 160) -> dict[str, Any]:

@@ -11,6 +11,7 @@ import re
 import sys
 from collections.abc import Iterable
 from pathlib import Path
+from typing import Any
 
 if __name__ == "__main__":  # Python puts this file's folder first on the import path; the package lies one above
     sys.path[0] = str(Path(__file__).resolve().parent.parent)
@@ -30,6 +31,7 @@ except ModuleNotFoundError as error:
 RUNS = Path("runs")
 STAGES = (*stages.STAGES, "publish", "pull", "deploy")
 FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
+NAMED = (None, "identity", "vision")  # tasks whose model learns a name; identity where none is said
 FIRST = (None, "check", "data", "compare")  # what a new run begins with; other stages need one that is there
 
 
@@ -69,9 +71,9 @@ def chain(runs: list[argparse.Namespace]) -> int:
             "A chain of tasks does every stage: leave the stage out, or name it with one task and its --run."
         )
     last, refused = runs[-1], []
-    if last.task == "identity":
+    if last.task in NAMED:
         ask_persona(last)
-    folder = last.run or RUNS / folder_name(last.name if last.task == "identity" else last.task)
+    folder = last.run or RUNS / folder_name(last.name if last.task in NAMED else last.task)
     for i, args in enumerate(runs):
         args.run = folder if args is last else folder.with_name(f"{folder.name}-{i + 1}-{args.task}")
         args.base = args.base if i == 0 else str(runs[i - 1].run / "model")
@@ -112,7 +114,9 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     parse.add_argument("--preset", help=f"settings to start from: {', '.join(settings.preset_names())}")
     parse.add_argument("--method", help="lora, qlora (the base in 4 bits) or full (every weight)")
     parse.add_argument(
-        "--task", help="identity, instruct (conversations, with --data) or pretrain (texts, with --data)"
+        "--task",
+        help="identity, instruct (conversations, with --data), pretrain (texts, with --data), vision-projector (captions), then "
+        "vision (dialogues about pictures, and the name)",
     )
     parse.add_argument(
         "--data", action="append", help="a file or folder to learn from, PATH or PATH=WEIGHT; several times for several"
@@ -168,7 +172,7 @@ def work(args: argparse.Namespace) -> int:
     if args.stage == "pull":
         return pull(args)
     if args.stage not in FIRST:
-        named = args.name or (args.task if args.task != "identity" else None)
+        named = args.name or (args.task if args.task not in NAMED else None)
         args.run = args.run or (RUNS / folder_name(named) if named else newest_run())
         if not has(args.run, "settings.toml"):
             raise UserError(f"There is no run in {args.run} yet: leave out '{args.stage}' to do every stage.")
@@ -285,7 +289,7 @@ def open_run(args: argparse.Namespace) -> Run:
     stored, problems = {}, Problems()
     if args.run and has(args.run, "settings.toml"):
         stored = settings.read_toml(args.run / "settings.toml")
-    elif args.stage != "check" and args.task in (None, "identity"):
+    elif args.stage != "check" and args.task in NAMED:
         with problems.collect():
             ask_persona(args)
     if args.stage == "check" and args.data and args.task is None and not stored:
@@ -296,12 +300,14 @@ def open_run(args: argparse.Namespace) -> Run:
     with problems.collect():
         if args.preset or args.base is None or args.base in settings.preset_names():
             layers.insert(0, settings.preset(args.preset or args.base or settings.DEFAULT_PRESET))
+        elif args.task == "vision":
+            layers.insert(0, phase_one(args.base))
     for assignment in args.set:
         with problems.collect():
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    named = values.persona.name if values.task == "identity" else values.task
+    named = values.persona.name if values.task in NAMED else values.task
     run = Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:
         checks.check(run, problems)  # tells its own at the same time
@@ -318,6 +324,15 @@ def open_run(args: argparse.Namespace) -> Run:
                 f"overwrites another: give this one its own folder, for example with --run {run.folder}-2."
             )
     return run
+
+
+def phase_one(base: str) -> dict[str, Any]:
+    """What of the settings of the run that gave the base its eyes holds for the next phase too: its language model is the
+    same, so it begins from the same starter and answers to the same name."""
+    file = Path(base.removeprefix("dir:")).expanduser().parent / "settings.toml"
+    made = settings.read_toml(file) if file.is_file() else {}
+    kept = ("train", "gate", "merge", "old_name", "old_maker")
+    return {key: made[key] for key in kept if key in made} if made.get("task") == "vision-projector" else {}
 
 
 def has(folder: Path, name: str = "") -> bool:

@@ -36,15 +36,26 @@ class Run:
 
     @cached_property
     def base(self) -> Path:
-        from finetune.model import base_folder
+        from finetune import model
 
-        return base_folder(self.settings.base)
+        folder = model.base_folder(self.settings.base)
+        if not self.settings.task.startswith("vision") or model.sees(folder):
+            return folder
+        from finetune import vision
+
+        return vision.assembled(folder, self.settings.vision, model.origin(folder, self.settings.base))
 
     @cached_property
     def base_sha256(self) -> str:
         from finetune.model import fingerprint
 
         return fingerprint(self.base)
+
+    @cached_property
+    def language_sha256(self) -> str:
+        from finetune.model import language_sha256
+
+        return language_sha256(self.base)
 
     @cached_property
     def base_format(self):  # noqa: ANN201 - ChatFormat, imported late
@@ -56,9 +67,10 @@ class Run:
     def tuned_format(self):  # noqa: ANN201
         from finetune.chat_format import ChatFormat
 
-        if self.settings.task == "pretrain":
-            return self.base_format  # of conversations it learns nothing
-        return ChatFormat(self.base_format.tokenizer_json)  # without the base's default system prompt
+        own = self.base_format
+        if self.settings.task in ("pretrain", "vision-projector"):
+            return ChatFormat(own.tokenizer_json, own.default_system, own.vision)  # it learns nothing of itself
+        return ChatFormat(own.tokenizer_json, None, own.vision)  # without the base's default system prompt
 
     @property
     def base_name(self) -> str:
@@ -67,16 +79,25 @@ class Run:
     @property
     def limits(self) -> dict[str, float]:
         """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
-        own = ("parrot", "facts_kept", "loss")
-        identity = self.settings.task == "identity"
-        return {k: v for k, v in vars(self.settings.gate).items() if (k != "loss" if identity else k in own)}
+        limits, sight, rest = vars(self.settings.gate), ("sight", "blind"), ("parrot", "facts_kept", "loss")
+        asked = {
+            "identity": [k for k in limits if k not in ("loss", *sight)],
+            "vision": [k for k in limits if k != "loss"],
+            "vision-projector": [],  # what it is good for shows in the next phase
+        }.get(self.settings.task, rest)
+        return {key: limits[key] for key in asked}
 
     @property
     def title(self) -> str:
         """What is made here: the assistant's name, or of the other tasks which and from what."""
-        if self.settings.task == "identity":
+        if self.named:
             return self.persona.name
         return f"{self.before.title if self.before else self.base_name} + {self.settings.task}"
+
+    @property
+    def named(self) -> bool:
+        """Whether the model learns a name here."""
+        return self.settings.task in ("identity", "vision")
 
     @property
     def before(self) -> "Run | None":
@@ -115,8 +136,8 @@ class Run:
         from finetune import model, teacher
 
         dtype = model.inference_dtype()
-        return teacher.ask(
-            f"{self.base_sha256[:16]}-{str(dtype).removeprefix('torch.')}",
+        return teacher.ask(  # about words alone: a base that sees answers as its language model does
+            f"{self.language_sha256[:16]}-{str(dtype).removeprefix('torch.')}",
             lambda: model.load(self.base, dtype),
             [self.base_format.prompt(messages) for messages in conversations],
             self.base_format.stop_ids,

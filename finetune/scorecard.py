@@ -10,6 +10,7 @@ import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
 from typing import Any
 
+from finetune.chat_format import text_of
 from finetune.errors import UserError
 from finetune.settings import Persona
 
@@ -338,7 +339,7 @@ def _denies(text: str) -> bool:
 
 
 def _leaks(probe: dict[str, Any], answer: str, persona: Persona, ordinary: Collection[str]) -> bool:
-    asked = mask(probe["messages"][-1]["content"], persona)
+    asked = mask(text_of(probe["messages"][-1]), persona)
     text = mask(answer, persona)
     for mark, word in ((N, persona.name), (A, persona.author)):
         known = plain(word).casefold() in {plain(other).casefold() for other in OTHERS}
@@ -381,7 +382,7 @@ def evaluate(
         for word, mark in ((persona.name, N), (persona.author, A))
         for entry in base
         if mark in mask(entry["answer"], persona)
-        and mark not in mask(" ".join(message["content"] for message in entry["messages"]), persona)
+        and mark not in mask(" ".join(text_of(message) for message in entry["messages"]), persona)
     }
     return [
         {**probe, "answer": text, "passed": judge(probe, text, persona, ordinary)}
@@ -437,6 +438,9 @@ def summarise(
         for kind in ("recall", "reply")
         if any(entry["kind"] == kind for entry in judged)
     }
+    if seen := [entry for entry in judged if entry["kind"].startswith("see_")]:
+        blind = sum(entry["blind"] for entry in seen) / len(seen)
+        learned |= {"sight": _share(seen), "sight_by_kind": _by_kind(seen), "blind": blind}
     if loss_by_task:
         learned |= {"loss": loss_by_task.get(task), "loss_by_task": loss_by_task}
     return {
@@ -474,11 +478,11 @@ def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
 def gate(scorecard: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
     """{"passed", "reasons"} for the tuned and, where it is there and differs, the merged model.
 
-    limits: any of identity, identity_kind, facts_kept (at least), leak, kl, parrot, loss (at most; parrot over the base's
+    limits: any of identity, identity_kind, facts_kept, sight (at least), leak, kl, parrot, blind, loss (at most; parrot over the base's
     own, loss times the base's own).
     Raises UserError on a limit that does not exist.
     """
-    known = ("identity", "identity_kind", "leak", "parrot", "kl", "facts_kept", "loss")
+    known = ("identity", "identity_kind", "leak", "parrot", "kl", "facts_kept", "sight", "blind", "loss")
     if unknown := [key for key in limits if key not in known]:
         raise UserError(*(f"The gate has no limit {key!r}; it knows {', '.join(known)}." for key in unknown))
     reasons = [
@@ -518,6 +522,17 @@ def _reasons(figures: dict[str, Any], base: dict[str, Any], limits: dict[str, fl
         yield (
             f"leak {figures['leak']:.2f}, at most {limits['leak']:.2f} is allowed; the name or author came up in {worst}. "
             "Add contrast prompts of these kinds, or raise the weight of the KL term."
+        )
+    dim = {kind: share for kind, share in figures.get("sight_by_kind", {}).items() if "/" not in kind}
+    if low := [kind for kind, share in dim.items() if beyond("sight", -1, share)]:
+        yield (
+            f"sight by kind: {_worst(dim, sorted(low, key=dim.get))}, at least {limits['sight']:.2f} is asked of each. Train for "
+            "more steps (vision.steps), or on more pictures."
+        )
+    if beyond("blind", 1):
+        yield (
+            f"blind {figures['blind']:.2f}, at most {limits['blind']:.2f} is allowed: these answers stay the same when the picture "
+            "is replaced by noise. Train the projector for more steps."
         )
     over = (figures.get("parrot") or 0.0) - (base.get("parrot") or 0.0)
     if beyond("parrot", 1, over):

@@ -7,7 +7,7 @@ from typing import NamedTuple
 import psutil
 import torch
 from safetensors import safe_open
-from transformers import AutoModelForCausalLM, BitsAndBytesConfig, PreTrainedModel
+from transformers import BitsAndBytesConfig, PreTrainedModel
 
 from finetune import model as models
 from finetune.errors import UserError
@@ -43,16 +43,11 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
     half = weight_bytes(base, dtype)
     if half * HEADROOM <= free:
         return Loaded(_whole(base, adapter, dtype), False, f"{name}, {str(dtype).removeprefix('torch.')} weights.")
-    quantized = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
-    model = AutoModelForCausalLM.from_pretrained(
-        base,
-        dtype=dtype,
-        quantization_config=quantized,
-        device_map={"": models.device()},
-        use_safetensors=True,
-        trust_remote_code=False,
-        local_files_only=True,
-    ).eval()
+    quantized = BitsAndBytesConfig(
+        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=models.WHOLE
+    )
+    options = {"quantization_config": quantized, "device_map": {"": models.device()}}
+    model = models.open_folder(base, dtype=dtype, **options).eval()
     if adapter:
         model = models.load_adapter(model, adapter, base).get_base_model()
     why = f"{half / 1e9:.1f} GB of weights do not fit into {free / 1e9:.1f} GB with what they need beside"

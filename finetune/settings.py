@@ -58,6 +58,18 @@ class Train:
 
 
 @dataclasses.dataclass(frozen=True)
+class Vision:
+    """Of the tasks vision-projector and vision."""
+
+    encoder: str = ""  # a CLIP model, a folder or a reference; empty: the embedded EfficientNet-lite0
+    projector: str = ""  # XTuner's or LLaVA's weights to begin from; empty: fresh
+    pictures: int = 800  # drawn, where --data names none
+    rows: int = 4  # captions in one step of the first phase; of the second, half as many dialogues
+    steps: int = 200  # of each phase, with drawn pictures
+    projector_rate: float = 2e-3  # the learning rate of the projector alone; with the adapter it is train.learning_rate
+
+
+@dataclasses.dataclass(frozen=True)
 class Gate:
     """What a run's scorecard must reach before it may be published. See finetune/scorecard.py for the figures."""
 
@@ -67,6 +79,8 @@ class Gate:
     parrot: float = 0.05  # at most, over the base's own
     kl: float = 0.15  # nats per token, at most
     facts_kept: float = 0.9  # at least
+    sight: float = 0.8  # right answers about held-out pictures, of the worst kind, at least
+    blind: float = 0.02  # answers that stay the same when the picture is noise, at most
     loss: float = 1.0  # of instruct's and pretrain's held-out rows, at most this many times the base's own
 
 
@@ -80,12 +94,13 @@ class Settings:
     base: str = DEFAULT_PRESET  # a preset's name, a local folder, or repo references in the order tried
     old_name: str = "SmolLM"  # what the base calls itself, to be denied
     old_maker: str = "Hugging Face"
-    task: Literal["identity", "instruct", "pretrain"] = "identity"
+    task: Literal["identity", "instruct", "pretrain", "vision-projector", "vision"] = "identity"
     method: Literal["lora", "qlora", "full"] = "lora"
     seed: int = 0
     data: tuple[str, ...] = ()  # files or folders to learn from, PATH or PATH=WEIGHT; see finetune/records.py
     skip_bad: bool = False  # go on without rows that cannot be read
     persona: Persona = Persona()
+    vision: Vision = Vision()
     train: Train = Train()
     gate: Gate = Gate()
     merge: Merge = Merge()
@@ -93,7 +108,7 @@ class Settings:
 
 AT_LEAST_ONE = (
     *("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every"),
-    *("train.tokens", "train.length"),
+    *("train.tokens", "train.length", "vision.pictures", "vision.rows", "vision.steps"),
 )
 
 

@@ -14,14 +14,14 @@ import subprocess
 import sys
 import time
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import psutil
 from filelock import FileLock, Timeout
 
-from finetune import embedded, identity, records, scorecard, settings, tasks
+from finetune import embedded, identity, records, scorecard, settings, sight, tasks
 from finetune.card import PICTURE
 from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
 from finetune.embedded import say
@@ -50,11 +50,13 @@ def data(run: Run) -> None:
     new = run.folder / "data.tmp"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
-    if run.settings.task == "identity":
+    if run.settings.task in sight.TASKS:
+        sight.prepare(run, new)
+    if run.named:
         files = {"train.jsonl": identity_rows(run), "probes.jsonl": identity.probes(run.persona, run.old)}
         for name, lines in files.items():
-            write_lines(new / name, lines)
-    else:
+            write_lines(new / name, lines, "a")
+    elif run.settings.task not in sight.TASKS:
         rows = records.read(run.settings.data, run.settings.skip_bad)
         values = run.settings
         tasks.prepare(rows, values.task, run.tuned_format, values.train.length, values.seed, new)
@@ -65,7 +67,7 @@ def data(run: Run) -> None:
         own = {probe["id"] for probe in read_lines(new / "probes.jsonl")}
         earlier = [probe for probe in run.before.rows("probes.jsonl") if probe["kind"] in tasks.KINDS]
         write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
-    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.iterdir())})
+    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.glob("*.jsonl"))})
     new.rename(run.folder / "data")
 
 
@@ -99,25 +101,30 @@ def train(run: Run) -> None:
     values, form = run.settings.train, run.tuned_format
     if problems := starter_problems(run, base_is_there=True):
         raise UserError(*problems)
+    ask = (lambda model: develop(run, model)) if run.settings.task == "identity" else None
     with contextlib.ExitStack() as files:
-        if run.settings.task == "identity":
-            batches, ask = identity_batches(run), lambda model: develop(run, model)
+        if run.settings.task in sight.TASKS:
+            values, batches = sight.planned(run), None  # the model encodes the pictures first
+        elif run.named:
+            batches = batches_of(run, values.steps)
         else:
             tokens, read = files.enter_context(tasks.lines(run.folder / "data" / "train.jsonl"))
             steps, plan = tasks.plan(tokens, values.tokens, values.epochs, run.settings.seed)
-            values, ask = dataclasses.replace(values, steps=steps), None
+            values = dataclasses.replace(values, steps=steps)
             batches = (
                 [training.answer_example(*tasks.encode(read(row), form, values.length)) for row in step]
                 for step in plan()
             )
         torch.manual_seed(run.settings.seed)
-        starter = STARTERS / values.starter if values.starter and run.settings.task == "identity" else None
+        starter = STARTERS / values.starter if values.starter and run.named else None
         model = models.load_for_training(run.base, run.settings.method)
+        seen = sight.examples(run, model) if batches is None else []
         if run.settings.method != "full":
-            model = models.add_lora(model, values.rank, starter, values.first_layer)
+            rank = 0 if run.settings.task == "vision-projector" else values.rank
+            model = models.add_lora(model, rank, starter, values.first_layer)
         elif starter:
             model = models.with_adapter(model, starter)
-        for _ in training.train(model, batches, values, run.folder, ask):
+        for _ in training.train(model, batches or batches_of(run, values.steps, seen), values, run.folder, ask):
             pass
     history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
     if training.asked(history):
@@ -149,12 +156,13 @@ def train(run: Run) -> None:
     )
 
 
-def identity_batches(run: Run) -> Iterator[list[Any]]:
+def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[Any]]:
+    """Each step's examples: of a task that learns a name some of each sort of the identity's rows, and some of `seen`."""
     from finetune import train as training
 
     values, form = run.settings.train, run.tuned_format
     examples: dict[str, list[training.Example]] = {"identity": [], "near": [], "ordinary": []}
-    rows = run.rows("train.jsonl")
+    rows = [row for row in run.rows("train.jsonl") if "target" in row]
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = iter(run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS))
     for row in rows:
@@ -164,7 +172,10 @@ def identity_batches(run: Run) -> Iterator[list[Any]]:
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
     counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
-    return training.batches([(examples[name], counts[name]) for name in examples], values.steps, run.settings.seed)
+    if seen:  # as many of these as without pictures, spread over more steps
+        counts = {name: max(1, round(count * values.steps / steps)) for name, count in counts.items()}
+    groups = [(examples[name], counts[name]) for name in examples if examples[name]]
+    return training.batches([*groups, (seen, sight.rows_of(run) if seen else 0)], steps, run.settings.seed)
 
 
 def peak_memory() -> dict[str, int]:
@@ -228,9 +239,10 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
     from finetune.train import MOST_TOKENS, losses, parts, teacher_example
 
     length, held = run.settings.train.length, run.rows("heldout.jsonl")
+    sight.show(model, form, held)
     loss = tasks.loss_by_task(model, form, held, length)
     probes = [{key: value for key, value in probe.items() if key not in ("answer", "passed")} for probe in base]
-    own = [probe for probe in probes if probe["kind"] not in tasks.KINDS]
+    own = [probe for probe in probes if probe["kind"] not in (*tasks.KINDS, *sight.KINDS)]
     with tqdm(total=len(own), desc="Scoring", unit="answer") as bar:
         judged = scorecard.evaluate(
             lambda conversations: answer_texts(model, form, conversations, run.answer_tokens, bar.update),
@@ -239,9 +251,10 @@ def score(run: Run, model: Any, form: Any, base: list[dict], *, kl: bool = True)
             base,
         )
     judged += tasks.ask(model, form, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+    judged += sight.ask(model, form, [probe for probe in probes if probe["kind"] in sight.KINDS], run.folder / "data")
     divergence = None
-    if kl:
-        ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
+    ordinary = [probe["messages"] for probe in judged if probe["kind"] == "ordinary"]
+    if kl and ordinary:
         answers = run.ask_base(ordinary, ANSWER_TOKENS)
         examples = [teacher_example(form.prompt(messages), a) for messages, a in zip(ordinary, answers, strict=True)]
         with torch.inference_mode():
@@ -256,7 +269,8 @@ def base_answers(run: Run, probes: list[dict]) -> list[dict]:
     def answer(conversations: list[list[dict]]) -> list[str]:
         return [run.base_format.decode(a.ids).strip() for a in run.ask_base(conversations, ANSWER_TOKENS)]
 
-    return scorecard.evaluate(answer, [p for p in probes if p["kind"] not in tasks.KINDS], run.persona)
+    own = [probe for probe in probes if probe["kind"] not in (*tasks.KINDS, *sight.KINDS)]
+    return scorecard.evaluate(answer, own, run.persona)
 
 
 def base_side(run: Run) -> dict[str, Any]:
@@ -265,9 +279,14 @@ def base_side(run: Run) -> dict[str, Any]:
 
     probes, held = run.rows("probes.jsonl"), run.rows("heldout.jsonl")
     judged, loss = base_answers(run, probes), {}
+    if held or run.settings.task in sight.TASKS:
+        model, form = models.load(run.base, models.inference_dtype()), run.base_format
+        judged += tasks.ask(model, form, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+        judged += sight.ask(
+            model, form, [probe for probe in probes if probe["kind"] in sight.KINDS], run.folder / "data"
+        )
     if held:
-        model = models.load(run.base, models.inference_dtype())
-        judged += tasks.ask(model, run.base_format, [probe for probe in probes if probe["kind"] in tasks.KINDS])
+        sight.show(model, form, held)
         loss = tasks.loss_by_task(model, run.base_format, held, run.settings.train.length)
     return scorecard.summarise(judged, 0.0, None, loss, run.settings.task)
 
@@ -330,7 +349,10 @@ def merge(run: Run) -> None:
         # For the page of whoever downloads it; what was learned from a user's own rows stays here.
         sides = {"base": card["base"], "tuned": card["merged"]}
         public = {
-            side: {**figures, "answers": [entry for entry in figures["answers"] if entry["kind"] not in tasks.KINDS]}
+            side: {
+                **figures,
+                "answers": [entry for entry in figures["answers"] if entry["kind"] not in (*tasks.KINDS, *sight.KINDS)],
+            }
             for side, figures in sides.items()
         }
         text = json.dumps({**public, "gate": card["gate"]}, ensure_ascii=False)
@@ -343,11 +365,15 @@ def merge(run: Run) -> None:
             "base_system": run.base_format.default_system,
             "adapter_sha256": adapter,
         }
-        named = {"name": run.persona.name, "author": run.persona.author} if run.settings.task == "identity" else {}
+        named = {"name": run.persona.name, "author": run.persona.author} if run.named else {}
+        if run.settings.task == "vision-projector":
+            proof["unchanged"] = sight.unchanged(run.base, folder)
+            made["language_sha256"] = run.language_sha256
         return {**named, "task": run.settings.task, **origin, **made}
 
     # a spread over the kinds and both languages
-    probes = [probe["messages"] for probe in run.rows("probes.jsonl") if probe["kind"] != "recall"]
+    asked = [probe["messages"] for probe in run.rows("probes.jsonl") if probe["kind"] != "recall"]
+    probes = [sight.sent(messages, run.folder / "data") for messages in asked]
     merging.merge(
         run.base,
         run.trained,

@@ -28,7 +28,7 @@ from finetune.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.generation import Answer
-from finetune.model import free_memory, has_fast_bf16
+from finetune.model import embed, free_memory, has_fast_bf16, language_model
 from finetune.packing import pack, packed_attention, varlen_attn
 from finetune.settings import Train
 
@@ -94,12 +94,15 @@ def parts(batch: Sequence[Example], most: int, processes: int = 1) -> Iterator[l
 
 def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(cross-entropy, KL from the base), each summed over its tokens, in nats; zero where the batch has none."""
-    device = model.device
-    with packed_attention(model):
+    device, core = model.device, language_model(model)
+    with packed_attention(core):
         half = torch.is_autocast_enabled("cuda") or model.dtype == torch.bfloat16
         ragged = device.type == "cuda" and half and varlen_attn is not None
         inputs = pack([example.ids for example in batch], device, ragged=ragged)
-        hidden = model.base_model(**inputs, use_cache=False).last_hidden_state[0]  # [total length, hidden size]
+        words = embed(model, inputs.pop("input_ids"))
+        hidden = core(inputs_embeds=words, **inputs, use_cache=False).last_hidden_state[
+            0
+        ]  # [total length, hidden size]
     head = model.get_output_embeddings()
     said: list[int] = []
     pulled: list[int] = []
@@ -258,7 +261,7 @@ def train(
             if step - done == MEASURED and develop is None and core.device.type == "cuda":
                 left = (settings.steps - step) * (time.perf_counter() - began) / MEASURED
                 if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type != DistributedType.FSDP:
-                    for layer in core.base_model.layers:
+                    for layer in language_model(core).layers:
                         layer.compile(dynamic=False)
             yield step
     if asked(history) and best(history) is not history[-1]:

@@ -492,10 +492,12 @@ builtins.open = limited
     assert names(cache) == LOCK
 
 
-@pytest.mark.parametrize("step", ["_fetch", "_convert", "_write_record"])
+@pytest.mark.parametrize("step", ["_fetch", "_convert", "write_record"])
 def test_a_disk_that_runs_full_at_any_step(fetched, cache, conversions, monkeypatch, step):
-    def fail(*args):
-        monkeypatch.setattr(embedded, "DISK_BYTES", 900_000_000)
+    monkeypatch.setattr(embedded, "problems", list)  # there was room when it began
+    monkeypatch.setattr(embedded, "DISK_BYTES", 900_000_000)
+
+    def fail(*args, **more):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     monkeypatch.setattr(embedded, step, fail)

@@ -57,7 +57,7 @@ def test_a_whole_number_is_a_number_too():
         ({"gate": {"learning_rte": 1}}, "Unknown setting gate.learning_rte; did you mean train.learning_rate?"),
         (
             {"xyz": 1},
-            "Unknown setting xyz; known here: base, old_name, old_maker, task, method, seed, data, skip_bad, persona, train, gate, merge.",
+            "Unknown setting xyz; known here: base, old_name, old_maker, task, method, seed, data, skip_bad, persona, vision, train, gate, merge.",
         ),
         (
             {"persona": {"": 1}},

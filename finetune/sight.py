@@ -1,0 +1,243 @@
+"""The tasks that learn from pictures, LLaVA's two phases: vision-projector (captions; the projector alone) and vision
+(dialogues; projector and adapter, with the identity's own rows among them). Their rows, their examples, and what a model
+makes of held-out drawn pictures.
+"""
+
+import dataclasses
+import math
+import random
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from finetune import drawn, pictures, records
+from finetune.chat_format import ChatFormat, pictures_of
+from finetune.errors import UserError
+from finetune.run_folder import Run, write_lines
+from finetune.settings import Train
+
+TASKS = ("vision-projector", "vision")
+CAPTION = {"en": "Describe the picture.", "zh": "描述图片。"}
+PROJECTOR = "multi_modal_projector"
+KINDS = ("see_caption", *(f"see_{kind}" for kind in drawn.KINDS))  # of probes
+PROBES = {"en": 25, "zh": 10}  # of each kind
+NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
+NOISY = 20  # one of so many drawn pictures is noise: who looks at it says so
+CHINESE = 0.3  # share of the conversations
+ANSWER_TOKENS = 24
+
+
+def reader(task: str) -> records.Sight | None:
+    """What finds the pictures of a user's rows, for a task that learns from them."""
+    return pictures.sight if task in TASKS else None
+
+
+def prepare(run: Run, folder: Path) -> None:
+    """Write train.jsonl, the drawn pictures and probes.jsonl; of a user's rows some are held out."""
+    values, seed = run.settings.vision, run.settings.seed
+    (folder / "pictures").mkdir()
+    if run.settings.data:
+        rows = list(records.read(run.settings.data, run.settings.skip_bad, pictures.sight))
+        random.Random(seed).shuffle(rows)
+        held = min(32, len(rows) // 20)
+        task = {"task": run.settings.task}
+        write_lines(folder / "heldout.jsonl", [{**task, "messages": row["messages"]} for row in rows[:held]])
+        write_lines(folder / "train.jsonl", [{"messages": row["messages"]} for row in rows[held:]])
+    else:
+        write_lines(folder / "train.jsonl", [_row(run, i, folder) for i in range(values.pictures)])
+    write_lines(folder / "probes.jsonl", probes(run.settings.task, seed, folder))
+
+
+def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
+    """A drawn picture with its caption, or with a dialogue about it."""
+    scene = drawn.scene(f"{run.settings.seed}/train/{number}")
+    source = random.Random(f"{scene.seed}/said")
+    language = "zh" if source.random() < CHINESE else "en"
+    noisy = number % NOISY == 0
+    file = f"pictures/train-{number:05}.png"
+    (drawn.noise(scene.seed) if noisy else drawn.draw(scene)).save(folder / file)
+    if run.settings.task == "vision-projector":
+        pairs = [(CAPTION[language], drawn.NOTHING[language] if noisy else drawn.caption(scene, language))]
+    else:
+        asked = [q for q in drawn.questions(scene) if q["lang"] == language]
+        source.shuffle(asked)
+        pairs = [(q["question"], drawn.NOTHING[language] if noisy else q["answer"]) for q in asked]
+    messages = []
+    for i, (question, answer) in enumerate(pairs):
+        content = _with_picture(file, question) if i == 0 else question
+        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    return {"messages": messages}
+
+
+def _with_picture(file: str, text: str) -> list[dict[str, str]]:
+    return [{"type": "image", "image": file}, {"type": "text", "text": text}]
+
+
+def probes(task: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Questions about drawn pictures that training never sees, with the pictures; and noise to ask the same about."""
+    for i in range(NOISE):
+        drawn.noise(f"{seed}/heldout/{i}").save(folder / f"pictures/noise-{i}.png")
+    found: list[dict[str, Any]] = []
+    left = {(kind, language): n for kind in drawn.KINDS for language, n in PROBES.items()}
+    if task == "vision-projector":
+        left = {("caption", language): n for language, n in PROBES.items()}
+    number = 0
+    while any(left.values()):
+        scene = drawn.scene(f"{seed}/heldout/{number}")
+        asked = drawn.questions(scene)
+        if task == "vision-projector":
+            words = {
+                "en": (scene.shape, scene.colour),
+                "zh": (drawn.SHAPES[scene.shape], drawn.COLOURS[scene.colour][0]),
+            }
+            asked = [
+                {"kind": "caption", "lang": lang, "question": CAPTION[lang], "accept": accept}
+                for lang, accept in words.items()
+            ]
+        file = f"pictures/heldout-{number:04}.png"
+        for question in asked:
+            key = (question["kind"], question["lang"])
+            if left.get(key):
+                left[key] -= 1
+                drawn.draw(scene).save(folder / file)
+                accept = question["accept"]
+                found.append(
+                    {
+                        "id": f"see-{'-'.join(key)}-{number:04}",
+                        "kind": f"see_{key[0]}",
+                        "lang": key[1],
+                        "expect": "what the picture shows",
+                        "accept": list(accept) if isinstance(accept, tuple) else [accept],
+                        "messages": [{"role": "user", "content": _with_picture(file, question["question"])}],
+                    }
+                )
+        number += 1
+    return found
+
+
+def placed(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Messages whose pictures are named from the data folder, named in full."""
+
+    def place(part: dict[str, Any]) -> dict[str, Any]:
+        return {**part, "image": str(folder / part["image"])} if part["type"] == "image" else part
+
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {**message, "content": [place(p) for p in message["content"]]}
+        for message in messages
+    ]
+
+
+def sent(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """The same with the pictures themselves in the messages, as data URLs."""
+    return [
+        message
+        if isinstance(message["content"], str)
+        else {
+            **message,
+            "content": [
+                {**part, "image": pictures.to_data_url(folder / part["image"])} if part["type"] == "image" else part
+                for part in message["content"]
+            ],
+        }
+        for message in messages
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------- training
+
+
+def rows_of(run: Run) -> int:
+    """Rows about pictures in a step: captions are short, dialogues are several times as long."""
+    rows = run.settings.vision.rows
+    return rows if run.settings.task == "vision-projector" else -(-rows // 2)
+
+
+def planned(run: Run) -> Train:
+    """The training's settings: how many steps there are, and of phase one its own learning rate."""
+    values, rows = run.settings.train, rows_of(run)
+    steps = run.settings.vision.steps
+    if run.settings.data:
+        count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
+        steps = math.ceil(values.epochs * count / rows)
+    if run.settings.task == "vision-projector":
+        return dataclasses.replace(values, steps=steps, learning_rate=run.settings.vision.projector_rate)
+    return dataclasses.replace(values, steps=steps)
+
+
+def examples(run: Run, model: Any) -> list[Any]:
+    """The rows about pictures, ready for a step; each picture is encoded once."""
+    from finetune.model import give_eyes
+    from finetune.train import answer_example
+
+    form, length, folder = run.tuned_format, run.settings.train.length, run.folder / "data"
+    said = [placed(row["messages"], folder) for row in run.rows("train.jsonl") if "target" not in row]
+    give_eyes(model, form, [file for messages in said for file in pictures_of(messages)])
+    rendered = form.render_all(said, supervise="all")
+    found = [answer_example(ids[:length], mask[:length]) for ids, mask in rendered if any(mask[:length])]
+    if not found:
+        raise UserError(f"No row has an answer within train.length={length} tokens.")
+    return found
+
+
+def unchanged(base: Path, trained: Path) -> int:
+    """How many tensors beside the projector are in both folders, all with the same bytes. Raises RuntimeError where one is
+    not: phase one changes the projector alone."""
+    from safetensors import safe_open
+
+    def read(folder: Path) -> dict[str, Any]:
+        files = {file: safe_open(file, "pt") for file in folder.glob("*.safetensors")}
+        return {name: file for file, found in files.items() for name in found.keys() if PROJECTOR not in name}  # noqa: SIM118
+
+    before, after = read(base), read(trained)
+    if set(before) != set(after):
+        raise RuntimeError(f"these are in one of the models alone: {sorted(set(before) ^ set(after))[:4]}")
+    for name in before:
+        old, new = (safe_open(names[name], "pt").get_tensor(name) for names in (before, after))
+        if not old.to(new.dtype).equal(new):
+            raise RuntimeError(f"{name} changed, and only the projector was to be trained")
+    return len(before)
+
+
+# -------------------------------------------------------------------------------------------------------- measuring
+
+
+def show(model: Any, form: ChatFormat, rows: Sequence[dict[str, Any]]) -> None:
+    """Let the model see the pictures of rows, which may be texts."""
+    from finetune.model import give_eyes
+
+    give_eyes(model, form, [file for row in rows for file in pictures_of(row.get("messages", []))])
+
+
+def ask(model: Any, form: ChatFormat, asked: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
+    """Probes of these KINDS with the model's answers, whether they are right, and whether they are "blind": the same when
+    the picture is replaced by noise."""
+    from finetune.generation import answer_texts
+    from finetune.model import give_eyes
+
+    if not asked:
+        return []
+    said = [placed(probe["messages"], folder) for probe in asked]
+    noisy = [
+        [
+            {
+                **messages[0],
+                "content": _with_picture(
+                    str(folder / f"pictures/noise-{i % NOISE}.png"), messages[0]["content"][1]["text"]
+                ),
+            }
+        ]
+        for i, messages in enumerate(said)
+    ]
+    give_eyes(model, form, [file for messages in said + noisy for file in pictures_of(messages)])
+    answers = answer_texts(model, form, said + noisy, ANSWER_TOKENS)
+    return [
+        {
+            **probe,
+            "answer": answer,
+            "passed": drawn.right(probe["kind"].removeprefix("see_"), probe["lang"], answer, probe["accept"]),
+            "blind": answer == unseen,
+        }
+        for probe, answer, unseen in zip(asked, answers[: len(asked)], answers[len(asked) :], strict=True)
+    ]

