@@ -424,7 +424,7 @@ def test_saving_on_a_full_disk_is_an_ordinary_error(tiny_model, tmp_path, monkey
 
 
 def test_the_origin_of_the_embedded_default(folder):
-    embedded._write_record(folder)
+    embedded.write_record(folder)
     assert model.origin(folder, embedded.NAME) == {
         "base_model": "HuggingFaceTB/SmolLM2-135M-Instruct",
         "license": "apache-2.0",
