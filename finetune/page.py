@@ -78,6 +78,7 @@ ASGI = Callable[..., Awaitable[None]]
 
 # What looks like a tag or an entity outside of code gets an invisible word joiner, so that Markdown takes it for text.
 # This is for showing it whole; against scripts there is the chat's own sanitizer.
+PICTURE = re.compile(r'<img alt="" src="(data:image/[\w.+-]+;base64,[A-Za-z0-9+/=]+)">')
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 
 
@@ -87,14 +88,41 @@ def shown(text: str) -> str:
     return "".join(parts)
 
 
-def message(role: str, text: str) -> dict[str, str]:
-    return {"role": role, "content": shown(text)}
+def message(role: str, text: str, pictures: Sequence[str] = ()) -> dict[str, Any]:
+    """As the chat shows it; `pictures` are data URLs, so that no file of the server is asked for."""
+    if not pictures:
+        return {"role": role, "content": shown(text)}
+    html_part = {"type": "component", "component": "html", "constructor_args": {}, "props": {}}
+    seen = [{**html_part, "value": f'<img alt="" src="{html.escape(url)}">'} for url in pictures]
+    return {"role": role, "content": [*seen, *([{"type": "text", "text": shown(text)}] if text else [])]}
 
 
 def text_of(content: Any) -> str:
     """What was typed or answered. Gradio gives a str through its API, a list of parts from the page."""
     parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
     return re.sub("(?<=[<&])\u2060", "", "".join(parts))
+
+
+def pictures_of(content: Any) -> list[str]:
+    """The data URLs in a message of the chat."""
+    parts = [] if isinstance(content, str) else content
+    return [found[1] for part in parts if (found := PICTURE.fullmatch(str(part.get("value"))))]
+
+
+def anew(shown: dict[str, Any]) -> dict[str, Any]:
+    """A message that the chat gave back, without what Gradio has added."""
+    return message(shown["role"], text_of(shown["content"]), pictures_of(shown["content"]))
+
+
+def said(shown: dict[str, Any]) -> dict[str, Any]:
+    """The same for the engine. Raises UserError for a picture that is none."""
+    text, urls = text_of(shown["content"]), pictures_of(shown["content"])
+    if not urls:
+        return {"role": shown["role"], "content": text}
+    from finetune.pictures import from_data_url
+
+    seen = [{"type": "image", "image": from_data_url(url)} for url in urls]
+    return {"role": shown["role"], "content": [*seen, {"type": "text", "text": text}]}
 
 
 def last_question(history: list[dict]) -> int:
@@ -148,7 +176,7 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
             return
         answer, sent, told = "", 0.0, False
         try:
-            turns = [{"role": m["role"], "content": text_of(m["content"])} for m in history]
+            turns, history = [said(m) for m in history], [anew(m) for m in history]
             turns = [{"role": "system", "content": system}, *turns] if system and system.strip() else turns
             kept = engine.trim(turns, bare)
             asked = Request(kept, heat, top_p, owner=request.session_hash, bare=bare)
@@ -189,7 +217,14 @@ def saved(text: str) -> tuple[str, str, str, str, list[dict]]:
     talk = json.loads(text)
     messages = [m for m in talk.get("messages", []) if m["role"] != "system"]
     system = next((m["content"] for m in talk.get("messages", []) if m["role"] == "system"), "")
-    return system, talk["id"], talk.get("title", ""), "", [message(m["role"], m["content"]) for m in messages]
+    return system, talk["id"], talk.get("title", ""), "", [restored(m) for m in messages]
+
+
+def restored(kept: dict[str, Any]) -> dict[str, Any]:
+    """A message in OpenAI's form, as the browser keeps it."""
+    parts = [{"type": "text", "text": kept["content"]}] if isinstance(kept["content"], str) else kept["content"]
+    urls = [part["image_url"]["url"] for part in parts if part["type"] == "image_url"]
+    return message(kept["role"], "".join(part.get("text", "") for part in parts), urls)
 
 
 def build(engine: Engine, key: str | None = None, open_api: bool = False, origins: Sequence[str] = ()) -> Any:
@@ -209,7 +244,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
                 drawer = sidebar_view(i18n)
             with gr.Tabs() as tabs:
                 with gr.Tab(i18n("Chat"), id="chat"):
-                    chat_view(page, engine, visitors, i18n, drawer, sidebar, tabs)
+                    eyes = chat_view(page, engine, visitors, i18n, drawer, sidebar, tabs)
                 with gr.Tab(i18n("Side by side")):
                     no_base, both = side_view(engine, visitors, i18n)
                 with gr.Tab(i18n("About")) as tab:
@@ -234,14 +269,15 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
                 gr.Timer(active=loading),
                 gr.HTML(says(request, NO_BASE), visible=not engine.base),
                 gr.Column(visible=bool(engine.base)),
+                gr.Row(visible=engine.sees),
             ]
 
-        gr.on([page.load, timer.tick], view, None, [name, status, main, timer, no_base, both], **QUIET)
+        gr.on([page.load, timer.tick], view, None, [name, status, main, timer, no_base, both, eyes], **QUIET)
 
     # As launch(max_threads=...) does: an answer that is waited for holds a thread.
     page.max_threads = page._queue.max_thread_count = 2 * VISITORS
     app = FastAPI(openapi_url=None)
-    app.add_middleware(guarded)
+    app.add_middleware(guarded, engine=engine)
     app.get("/health")(engine.health)
     api.add_routes(app, engine, key=key, open_to_all=open_api, origins=list(origins))
     gr.mount_gradio_app(
@@ -325,10 +361,9 @@ def sidebar_view(i18n: Any) -> Drawer:
     return Drawer(new, search, talks, title, as_json, as_markdown, load, delete, sure, gr.HTML(elem_id="notice"))
 
 
-def chat_view(
-    page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: Drawer, sidebar: Any, tabs: Any
-) -> None:
-    """The chat with its settings, and what the sidebar does to it."""
+def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: Drawer, sidebar: Any, tabs: Any) -> Any:
+    """The chat with its settings, and what the sidebar does to it. Returns what only a model that sees has: the row in
+    which pictures are chosen."""
     new, search, talks, title, as_json, as_markdown, load, delete, sure, notice = drawer
     chatbot = chatbot_of(
         show_label=False,
@@ -338,6 +373,10 @@ def chat_view(
         elem_id="chat",
     )
     box = chat_box(i18n, "box")
+    with gr.Row(visible=False, elem_id="eyes") as eyes:
+        add = gr.Button(i18n("Add a picture"), size="sm", scale=0, min_width=120, elem_id="add")
+        chosen = gr.HTML(elem_id="chosen")
+        remove = gr.Button(i18n("Remove the pictures"), size="sm", scale=0, min_width=120, visible=False)
     fill = gr.HTML(elem_id="fill")
     with gr.Accordion(i18n("Settings"), open=False, elem_id="settings"):
         style = gr.Radio([(i18n(name), name) for name in STYLES], value="balanced", label=i18n("Style"))
@@ -347,33 +386,38 @@ def chat_view(
         told = i18n("What the assistant is told before the conversation")
         system = gr.Textbox(label=i18n("System prompt"), placeholder=told, max_lines=6, elem_id="system")
     turn, talk = gr.Number(0, visible="hidden"), gr.Textbox(visible="hidden")
+    urls = gr.Textbox("[]", visible="hidden")  # of the pictures that are chosen
 
     # What an action leaves of the conversation; a new `turn` is then answered.
-    def ask(history: list[dict], text: str, turn: int, talk: str, request: gr.Request) -> tuple:
-        nothing = (gr.skip(),) * 4
-        if not text.strip():
+    def ask(history: list[dict], text: str, turn: int, talk: str, urls: str, request: gr.Request) -> tuple:
+        nothing = (gr.skip(),) * 5
+        if not text.strip() and urls == "[]":
             return nothing
+        asked = message("user", text, json.loads(urls))
         try:
-            engine.trim([{"role": "user", "content": text}])
+            engine.trim([said(asked)])
         except UserError as error:  # what was typed stays in the box
             warn(request, str(error))
             return nothing
-        return talk or token_hex(8), [*history, message("user", text)], turn + 1, busy()
+        return talk or token_hex(8), [*map(anew, history), asked], turn + 1, busy(), "[]"
 
     def example(turn: int, event: gr.SelectData, request: gr.Request) -> tuple:
-        return ask([], event.value["text"], turn, "", request)
+        return ask([], event.value["text"], turn, "", "[]", request)
 
     def retry(history: list[dict], turn: int) -> tuple:
-        return history[: last_question(history) + 1], turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
+        kept = [anew(m) for m in history[: last_question(history) + 1]]
+        return kept, turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
 
     def edit(history: list[dict], turn: int, event: gr.EditData) -> tuple:
         index = event.index[0] if isinstance(event.index, (list, tuple)) else event.index
-        history = [*history[:index], message("user", text_of(event.value))]
-        return history, turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
+        edited = message("user", text_of(event.value), pictures_of(history[index]["content"]))
+        return [*map(anew, history[:index]), edited], turn + 1, gr.Textbox(submit_btn=False, stop_btn=True)
 
     def undo(history: list[dict]) -> tuple:
         index = last_question(history)
-        return history[:index], gr.Textbox(text_of(history[index]["content"]), submit_btn=True, stop_btn=False)
+        content = history[index]["content"]
+        box = gr.Textbox(text_of(content), submit_btn=True, stop_btn=False)
+        return [*map(anew, history[:index])], box, json.dumps(pictures_of(content))
 
     style.input(STYLES.get, style, [heat, top_p], **QUIET)
     answering = turn.change(
@@ -384,11 +428,11 @@ def chat_view(
     asked = [box.submit, chatbot.example_select, chatbot.retry, chatbot.edit, chatbot.undo]
     left = [box.stop, chatbot.clear, new.click, talks.input, sure.click]
     gr.on([*asked, *left], None, cancels=[answering], api_visibility="private")
-    box.submit(ask, [chatbot, box, turn, talk], [talk, chatbot, turn, box], **STREAM)
-    chatbot.example_select(example, turn, [talk, chatbot, turn, box], **STREAM)
+    box.submit(ask, [chatbot, box, turn, talk, urls], [talk, chatbot, turn, box, urls], **STREAM)
+    chatbot.example_select(example, turn, [talk, chatbot, turn, box, urls], **STREAM)
     chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **QUIET)
-    chatbot.undo(undo, chatbot, [chatbot, box], **QUIET)
+    chatbot.undo(undo, chatbot, [chatbot, box, urls], **QUIET)
     box.stop(idle, None, box, **QUIET)
 
     def script(event: Any, code: str, inputs: Any, outputs: Any) -> None:
@@ -399,6 +443,9 @@ def chat_view(
     blank = json.dumps({"id": ""})
     script(chatbot.change, "talks.save", [chatbot, system, talk, search], [talks, title, notice])
     script(box.change, "talks.draft", box, None)
+    script(add.click, "talks.add", urls, [urls, chosen])
+    script(urls.change, "talks.chosen", urls, [chosen, remove])
+    script(remove.click, "() => ['[]']", None, urls)
     script(search.change, "(search, id) => [talks.list(search, id)]", [search, talk], talks)
     gr.on([title.submit, title.blur], None, [talk, title, search], talks, js="talks.rename", **QUIET)
     script(as_json.click, "(id, search) => talks.save_as(id, search, false)", [talk, search], notice)
@@ -416,6 +463,7 @@ def chat_view(
           [*opened, box, sure], **QUIET)  # fmt: skip
     page.load(lambda text, typed: (*saved(text), typed), [talk, box], [*opened, box], js="talks.start", **QUIET)
     script(page.load, "() => [talks.list(), talks.wide()]", None, [talks, sidebar])
+    return eyes
 
 
 def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
@@ -497,7 +545,7 @@ def about_view(tab: Any, engine: Engine, i18n: Any) -> None:
     gr.on([kind.input, language.input, verdict.input], choose, [kind, language, verdict], found, **QUIET)
 
 
-def guarded(app: ASGI) -> ASGI:
+def guarded(app: ASGI, engine: Engine) -> ASGI:
     """Headers that keep a page to itself; no file of the server, no upload, no endless body."""
 
     async def answer(scope: dict, receive: Callable, send: Callable) -> None:
@@ -514,7 +562,8 @@ def guarded(app: ASGI) -> ASGI:
         if CLOSED.match(scope["path"]):
             return await JSONResponse({"detail": "Not found"}, 404)(scope, receive, with_headers)
         api_says_it = scope["path"].startswith("/v1/")
-        if not (api_says_it or (length.isdigit() and int(length) <= api.BODY_BYTES)):
+        most = api.SEEING_BODY_BYTES if engine.sees else api.BODY_BYTES
+        if not (api_says_it or (length.isdigit() and int(length) <= most)):
             return await JSONResponse({"detail": "Too large"}, 413)(scope, receive, with_headers)
         return await app(scope, receive, with_headers)
 

@@ -26,6 +26,11 @@ CHINESE = {
     "Top p": "核采样 top p",
     "{} of {} tokens in use": "已用 {} / {} 个词元",
     " · the oldest {} messages are left out": " · 最早的 {} 条消息已略去",
+    # pictures
+    "A picture": "图片",
+    "Add a picture": "添加图片",
+    "Remove the pictures": "移除图片",
+    "{} is no picture that this browser can read.": "浏览器无法读取图片 {}。",
     # the conversations
     "Conversations": "历史对话",
     "New conversation": "新对话",

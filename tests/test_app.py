@@ -691,6 +691,75 @@ def test_conversations_stay_in_the_browser(engine, visit, tmp_path):
         until(lambda: listed(page) == ["Boats <b>"], "what is left")
 
 
+@pytest.fixture(scope="module")
+def seeing(tiny_model, clip_folder, tmp_path_factory):
+    from finetune import vision
+
+    folder = tmp_path_factory.mktemp("seeing") / "model"
+    vision.assemble(tiny_model, clip_folder, folder)
+    engine = ScriptedEngine(str(folder))
+    engine.load()
+    assert engine.status == "ready", engine.message
+    return engine
+
+
+def test_pictures_are_chosen_pasted_and_kept(seeing, visit, tmp_path):
+    from finetune import drawn
+    from finetune.chat_format import pictures_of
+
+    drawn.draw(drawn.scene("page")).resize((900, 600)).save(file := tmp_path / "a.png")
+    (bad := tmp_path / "bad.png").write_text("no picture")
+    with serving(seeing) as url:
+        page = visit(url)
+        thumbnails = page.locator("#chosen img")
+
+        def choose(file):
+            with page.expect_file_chooser() as chooser:
+                page.get_by_role("button", name="Add a picture").click()
+            chooser.value.set_files(file)
+
+        choose(bad)
+        until(lambda: "bad.png is no picture" in page.locator("#chosen").inner_text(), "the complaint")
+        for count in (1, 2):
+            choose(file)
+            until(lambda count=count: thumbnails.count() == count, "the picture")
+        page.get_by_role("button", name="Remove the pictures").click()
+        until(lambda: thumbnails.count() == 0, "no picture")
+        choose(file)
+        until(lambda: thumbnails.count() == 1, "the picture")
+        seeing.says("A star.")
+        send(page, "What is <this>?")
+        sees(page, ("user", ""), ("user", "What is <\u2060this>?"), ("bot", "A star."))  # the picture says nothing
+        assert thumbnails.count() == 0
+        asked = seeing.asked[-1]["content"]
+        assert [part["type"] for part in asked] == ["image", "text"]
+        assert asked[1]["text"] == "What is <this>?"
+        assert asked[0]["image"].size == (672, 448)
+
+        paste = """(bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "b.png", { type: "image/png" }));
+            document.querySelector("#box textarea").dispatchEvent(
+                new ClipboardEvent("paste", { clipboardData: data, bubbles: true, cancelable: true }));
+        }"""
+        page.evaluate(paste, list(file.read_bytes()))
+        until(lambda: thumbnails.count() == 1, "the pasted picture")
+        seeing.says("Another.")
+        send(page, "And this?")
+        until(lambda: len(talk(page)) == 6 and idle(page), "the second answer")
+        assert len(pictures_of(seeing.asked)) == 2
+        page.reload()
+        until(lambda: page.locator("#chat img").count() == 2, "the pictures of the conversation that was open")
+        seeing.says("Again.")
+        page.locator("#chat").get_by_label("Retry").last.click()
+        until(lambda: "Again." in str(talk(page)), "the new answer")
+        assert len(pictures_of(seeing.asked)) == 2
+
+
+def test_a_model_of_text_alone_has_no_picture_button(url, visit):
+    assert visit(url).get_by_role("button", name="Add a picture").count() == 0
+
+
 def test_base_and_tuned_side_by_side(engine, url, visit):
     page = visit(url)
     engine.says("I am Star. " * 2, delay=0.1, base="I am Bob. " * 25)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import HEADS, PATCH, SIZE, WIDTH
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_app import serving
@@ -19,31 +20,6 @@ from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
 from finetune.run_folder import Run
-
-SIZE, PATCH, WIDTH, HEADS = 28, 7, 16, 2  # of the tiny CLIP: 16 patches
-
-
-@pytest.fixture(scope="session")
-def clip_folder(tmp_path_factory) -> Path:
-    """A random CLIP vision tower of three layers, as an ordinary folder."""
-    from transformers import CLIPVisionConfig, CLIPVisionModel
-
-    torch.manual_seed(0)
-    config = CLIPVisionConfig(
-        hidden_size=WIDTH,
-        intermediate_size=32,
-        num_hidden_layers=3,
-        num_attention_heads=HEADS,
-        image_size=SIZE,
-        patch_size=PATCH,
-        initializer_factor=20.0,
-    )
-    folder = tmp_path_factory.mktemp("clip") / "clip-tiny"
-    CLIPVisionModel(config).save_pretrained(folder)
-    settings = {"size": {"shortest_edge": SIZE}, "crop_size": SIZE, "resample": 3}
-    settings |= {"image_mean": [0.48, 0.46, 0.41], "image_std": [0.27, 0.26, 0.28]}
-    (folder / "preprocessor_config.json").write_text(json.dumps(settings))
-    return folder
 
 
 @pytest.fixture(scope="session")

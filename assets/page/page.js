@@ -51,6 +51,14 @@ const talks = (() => {
   const plain = (content) =>
     (typeof content === "string" ? content : content.map((part) => part.text ?? "").join(""))
       .replace(/([<&])\u2060/g, "$1");
+  const PICTURE = /^<img alt="" src="(data:image\/[\w.+-]+;base64,[A-Za-z0-9+/=]+)">$/;
+  // In OpenAI's form; a picture comes from the chat as HTML, or as it was kept.
+  const kept = (content) => {
+    const urls = typeof content === "string" ? []
+      : content.map((part) => PICTURE.exec(part.value ?? "")?.[1] ?? part.image_url?.url).filter(Boolean);
+    if (!urls.length) return plain(content);
+    return [...urls.map((url) => ({ type: "image_url", image_url: { url } })), { type: "text", text: plain(content) }];
+  };
   const line = (text) => text.replace(/\s+/g, " ").trim().slice(0, 80);
 
   function found(search = "") {
@@ -58,7 +66,7 @@ const talks = (() => {
     return Array.from({ length: store.length }, (_, i) => store.key(i))
       .filter((key) => key.startsWith(PREFIX))
       .map((key) => ({ id: key.slice(PREFIX.length), ...JSON.parse(store.getItem(key)) }))
-      .filter((talk) => (talk.title + "\n" + talk.messages.map((m) => m.content).join("\n")).toLowerCase().includes(words))
+      .filter((talk) => (talk.title + "\n" + talk.messages.map((m) => plain(m.content)).join("\n")).toLowerCase().includes(words))
       .sort((a, b) => b.changed - a.changed);
   }
   const list = (search, id = tab.getItem("namesake open")) =>
@@ -66,12 +74,12 @@ const talks = (() => {
 
   function save(history, system, id, search) {
     if (!id || !history?.length) return [];
-    const messages = history.map((m) => ({ role: m.role, content: plain(m.content) }));
+    const messages = history.map((m) => ({ role: m.role, content: kept(m.content) }));
     if (system?.trim()) messages.unshift({ role: "system", content: system });
     const before = read(id);
     tab.setItem("namesake open", id);
     if (JSON.stringify(before?.messages) === JSON.stringify(messages)) return [];
-    const title = before?.title ?? line(messages.find((m) => m.role === "user")?.content ?? "");
+    const title = before?.title ?? (line(plain(messages.find((m) => m.role === "user")?.content ?? "")) || say("A picture"));
     try {
       write(id, { title, messages });
     } catch {
@@ -105,7 +113,7 @@ const talks = (() => {
   const roles = "system|user|assistant";
   const toMarkdown = (talk) =>
     `# ${talk.title}\n` + talk.messages.map((m) =>
-      `\n## ${m.role}\n\n${m.content.replace(RegExp(`^(\\\\*## (?:${roles}))$`, "gm"), "\\$1")}\n`).join("");
+      `\n## ${m.role}\n\n${plain(m.content).replace(RegExp(`^(\\\\*## (?:${roles}))$`, "gm"), "\\$1")}\n`).join("");
   const fromMarkdown = (text) => {
     const [, title] = /^# (.*)\n/.exec(text) ?? [];
     const parts = text.replace(/^# .*\n/, "\n").split(RegExp(`\\n## (${roles})\\n\\n`));
@@ -144,10 +152,11 @@ const talks = (() => {
   }
 
   function checked(talk) {
-    const messages = talk.messages.map(({ role, content }) => ({ role, content: plain(content) }));
-    const good = messages.length && messages.every((m, i) => RegExp(`^(${i ? "" : "system|"}user|assistant)$`).test(m.role));
+    const messages = talk.messages.map(({ role, content }) => ({ role, content: kept(content) }));
+    const sent = messages.every((m) => typeof m.content === "string" || m.content.every((part) => !part.image_url || /^data:image\//.test(part.image_url.url)));
+    const good = sent && messages.length && messages.every((m, i) => RegExp(`^(${i ? "" : "system|"}user|assistant)$`).test(m.role));
     if (!good) throw Error();
-    return { title: line(String(talk.title ?? messages.find((m) => m.role === "user")?.content ?? "?")), messages };
+    return { title: line(talk.title ?? (plain(messages.find((m) => m.role === "user")?.content ?? "") || "?")), messages };
   }
 
   const load = (search) => new Promise((done) => {
@@ -170,7 +179,55 @@ const talks = (() => {
     input.click();
   });
 
+  // Pictures: chosen, taken with a phone's camera, pasted or dropped. They are made small here, turned as their EXIF says.
+  const SIDE = 672;
+  let given = [];
+  const choose = () => new Promise((done) => {
+    const input = Object.assign(document.createElement("input"), { type: "file", accept: "image/*", multiple: true });
+    input.oncancel = () => done([]);
+    input.onchange = () => done([...input.files]);
+    input.click();
+  });
+  async function small(file) {
+    const picture = await createImageBitmap(file);
+    const scale = Math.min(1, SIDE / Math.max(picture.width, picture.height));
+    const [width, height] = [picture.width, picture.height].map((side) => Math.max(1, Math.round(side * scale)));
+    const canvas = Object.assign(document.createElement("canvas"), { width, height });
+    const pen = canvas.getContext("2d");
+    pen.fillStyle = "white";  // behind what is transparent
+    pen.fillRect(0, 0, width, height);
+    pen.drawImage(picture, 0, 0, width, height);
+    return canvas.toDataURL("image/jpeg", 0.92);
+  }
+  async function add(urls) {
+    const found = JSON.parse(urls);
+    for (const file of given.length ? given.splice(0) : await choose()) {
+      try {
+        found.push(await small(file));
+      } catch {
+        return [keep, say("{} is no picture that this browser can read.").replace("{}", file.name.replace(/[<&]/g, ""))];
+      }
+    }
+    return [JSON.stringify(found), keep];
+  }
+  const chosen = (urls) => {
+    const found = JSON.parse(urls);
+    return [found.map((url) => `<img alt="" src="${url}">`).join(""), update({ visible: found.length > 0 })];
+  };
+  const receive = (data, event) => {
+    const button = document.querySelector("#add");
+    const files = [...(data?.files ?? [])].filter((file) => file.type.startsWith("image/"));
+    if (!button || !files.length) return;
+    event.preventDefault();
+    event.stopPropagation();
+    given = files;
+    button.click();
+  };
+  addEventListener("paste", (event) => receive(event.clipboardData, event), true);
+  addEventListener("dragover", (event) => document.querySelector("#add") && event.preventDefault());
+  addEventListener("drop", (event) => receive(event.dataTransfer, event), true);
+
   const wide = () => update({ open: innerWidth > 1000 });
 
-  return { list, save, open, start, draft, rename, remove, save_as, load, wide };
+  return { list, save, open, start, draft, rename, remove, save_as, load, add, chosen, wide };
 })();
