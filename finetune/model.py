@@ -228,7 +228,9 @@ def vision_of(folder: Path) -> dict[str, Any] | None:
 
 
 def sees(folder: Path) -> bool:
-    return json.loads((folder / "config.json").read_text(encoding="utf-8")).get("model_type") == SEES
+    """Whether it is a model that sees; an adapter's folder is no model."""
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text(encoding="utf-8")).get("model_type") == SEES
 
 
 class OwnFormat:

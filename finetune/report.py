@@ -176,6 +176,9 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     """
     from finetune.model import own_encoder, sees
 
+    model = run.folder / "model"
+    if not model.is_dir():  # it is being merged; later the base may not be here any more
+        model = run.base
     receipt = run.read("receipt.json")
     place = sent["to"] if sent["to"] and sent["to"].kind != "dir" else None
     said = next((entry["tuned"] for entry in side_by_side(run, SHOWN[:1])), "")
@@ -186,8 +189,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
             name=json.dumps(run.title, ensure_ascii=False)[1:-1],
             how=HOW[run.settings.method],
             named=run.named,
-            sees=sees(run.base),
-            encoder=own_encoder(run.base),
+            sees=sees(model),
+            encoder=own_encoder(model),
             author=json.dumps(run.persona.author, ensure_ascii=False)[1:-1],
             origin=origin,
             licence=licence(origin),

@@ -149,7 +149,7 @@ def test_all_problems_are_told_at_once(start, world, tiny_model):
         f"error: There is no preset 'nope'; presets: {', '.join(settings.preset_names())}.",
         "error: --set 'nonsense': write it as section.key=value, for example train.steps=20.",
         "error: method is 'dora'; it must be lora or qlora or full.",
-        "error: task is 'poetry'; it must be identity or instruct or pretrain.",
+        "error: task is 'poetry'; it must be identity or instruct or pretrain or vision-projector or vision.",
         "error: seed is -3; it must be at least 0.",
         "error: Unknown setting train.stpes; did you mean train.steps?",
         "error: merge.dtype is 'int4'; it must be float32 or bfloat16 or float16.",
