@@ -263,7 +263,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
             state = f"<b>{says(request, title)}{seconds}</b><p>{html.escape(says(request, words))}</p>"
             failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before
             return [
-                f"{heading(engine.name)}{failed}<small>{html.escape(engine.runs_on)}</small>",
+                f"{heading(engine.name)}{failed}<small>{html.escape(says(request, engine.runs_on))}</small>",
                 gr.HTML(state, visible=not ready),
                 gr.Column(visible=ready),
                 gr.Timer(active=loading),

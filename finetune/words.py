@@ -10,6 +10,17 @@ CHINESE = {
     "The chat opens by itself. The first start takes a little longer.": "准备好后会自动进入对话，首次启动需要稍等片刻。",
     "The model could not be loaded": "模型加载失败",
     "No source answers; trying again": "暂无来源响应，正在重试",
+    # what it decodes with
+    "CPU, {} threads, {}. There is an NVIDIA GPU with driver {}, and torch {} cannot use it: {}. Update the driver, or install a "
+    "torch whose CUDA is not newer than the driver's (nvidia-smi says which).": (
+        "CPU，{} 线程，{}。有 NVIDIA GPU（驱动 {}），但 torch {} 无法使用：{}。请更新驱动，或安装 CUDA 版本不高于驱动的 torch（见 nvidia-smi）。"
+    ),
+    "CPU, {} threads, float16 weights, float32 sums.": "CPU，{} 线程，float16 权重，float32 累加。",
+    "CPU, {} threads, {} weights.": "CPU，{} 线程，{} 权重。",
+    "{}, 4-bit weights: {} GB of weights do not fit into {} GB with what they need beside.": (
+        "{}，4 位权重：{} GB 的权重及其所需内存放不进 {} GB。"
+    ),
+    "{}, {} weights.": "{}，{} 权重。",
     # the chat
     "Chat": "对话",
     "Message": "消息",

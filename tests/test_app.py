@@ -250,11 +250,22 @@ def test_an_adapter_that_was_not_merged_into_the_model_is_not_taken_off_it(run, 
     assert "was made for a base model with sha256 0, and the weights in" in engine.message
 
 
+TOO_OLD = (
+    " There is an NVIDIA GPU with driver 470.1, and torch 2.13.0 cannot use it: it was built for CUDA 13.0. Update the driver, or "
+    "install a torch whose CUDA is not newer than the driver's (nvidia-smi says which)."
+)
+
+
 def test_what_the_page_says_is_there_in_chinese():
     assert in_chinese("The message is too long: 9 tokens, and 5 fit. Shorten it and send it again.") == (
         "消息太长：9 个词元，最多 5 个。请缩短后重新发送。"
     )
     assert in_chinese("Something else") == "Something else"
+    assert in_chinese("CPU, 2 threads, float16 weights, float32 sums.") == "CPU，2 线程，float16 权重，float32 累加。"
+    assert in_chinese("NVIDIA H100, bfloat16 weights.") == "NVIDIA H100，bfloat16 权重。"
+    assert in_chinese("CPU, 2 threads, float32 weights." + TOO_OLD).startswith(
+        "CPU，2 线程，float32 weights。有 NVIDIA GPU"
+    )
     for refusal in (lambda: Engine("x").submit(Request([]), print), lambda: api.limit(deque(), 8, 1)):
         with pytest.raises((UserError, api.ApiError)) as told:
             refusal()
