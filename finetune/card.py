@@ -99,7 +99,7 @@ def probes(folder: Path | None, kind: str, language: str, verdict: str, say: Say
 
 def _asked(entry: dict[str, Any]) -> str:
     *before, last = entry["messages"]
-    turns = "".join(f"<small>{m['role']}: {html.escape(m['content'])}</small><br>" for m in before)
+    turns = "".join(f"<small>{html.escape(m['role'])}: {html.escape(m['content'])}</small><br>" for m in before)
     return f"<small>{html.escape(entry['kind'])}</small><br>{turns}{html.escape(last['content'])}"
 
 

@@ -62,6 +62,16 @@ def say(text: str) -> None:
         print(text, file=sys.stderr, flush=True)
 
 
+def command(main: Callable[[list[str]], None]) -> None:
+    """`main` with the command line's arguments; a UserError is said without a traceback and gives the exit status."""
+    try:
+        main(sys.argv[1:])
+    except UserError as error:
+        for problem in error.problems:
+            say(f"error: {problem}")
+        sys.exit(error.status)
+
+
 def is_ready() -> bool:
     return os.access(cache_dir() / NAME / RECORD, os.R_OK)
 

@@ -15,7 +15,6 @@ import json
 import re
 import shlex
 import shutil
-import sys
 from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -610,9 +609,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        for problem in error.problems:
-            embedded.say(f"error: {problem}")
-        sys.exit(error.status)
+    embedded.command(main)

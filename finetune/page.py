@@ -109,20 +109,20 @@ def pictures_of(content: Any) -> list[str]:
     return [found[1] for part in parts if (found := PICTURE.fullmatch(str(part.get("value"))))]
 
 
-def anew(shown: dict[str, Any]) -> dict[str, Any]:
+def anew(given: dict[str, Any]) -> dict[str, Any]:
     """A message that the chat gave back, without what Gradio has added."""
-    return message(shown["role"], text_of(shown["content"]), pictures_of(shown["content"]))
+    return message(given["role"], text_of(given["content"]), pictures_of(given["content"]))
 
 
-def said(shown: dict[str, Any]) -> dict[str, Any]:
+def said(given: dict[str, Any]) -> dict[str, Any]:
     """The same for the engine. Raises UserError for a picture that is none."""
-    text, urls = text_of(shown["content"]), pictures_of(shown["content"])
+    text, urls = text_of(given["content"]), pictures_of(given["content"])
     if not urls:
-        return {"role": shown["role"], "content": text}
+        return {"role": given["role"], "content": text}
     from finetune.pictures import from_data_url
 
     seen = [{"type": "image", "image": from_data_url(url)} for url in urls]
-    return {"role": shown["role"], "content": [*seen, {"type": "text", "text": text}]}
+    return {"role": given["role"], "content": [*seen, {"type": "text", "text": text}]}
 
 
 def last_question(history: list[dict]) -> int:

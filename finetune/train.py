@@ -100,9 +100,8 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
         ragged = device.type == "cuda" and half and varlen_attn is not None
         inputs = pack([example.ids for example in batch], device, ragged=ragged)
         words = embed(model, inputs.pop("input_ids"))
-        hidden = core(inputs_embeds=words, **inputs, use_cache=False).last_hidden_state[
-            0
-        ]  # [total length, hidden size]
+        # [total length, hidden size]
+        hidden = core(inputs_embeds=words, **inputs, use_cache=False).last_hidden_state[0]
     head = model.get_output_embeddings()
     said: list[int] = []
     pulled: list[int] = []

@@ -12,7 +12,6 @@ import hashlib
 import json
 import re
 import shutil
-import sys
 import threading
 from collections.abc import Sequence
 from pathlib import Path
@@ -380,9 +379,4 @@ def main(arguments: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except UserError as error:
-        for problem in error.problems:
-            embedded.say(f"error: {problem}")
-        sys.exit(error.status)
+    embedded.command(main)

@@ -21,7 +21,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 import app
-from finetune import api
+from finetune import api, card
 from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
 from finetune.page import CODE, build, shown, text_of
@@ -765,6 +765,18 @@ def test_pictures_are_chosen_pasted_and_kept(seeing, visit, tmp_path):
         page.locator("#chat").get_by_label("Retry").last.click()
         until(lambda: "Again." in str(talk(page)), "the new answer")
         assert len(pictures_of(seeing.asked)) == 2
+
+
+def test_a_scorecard_of_somebody_else_is_shown_as_text(tmp_path):
+    evil = "<script>alert(1)</script>"
+    turns = [{"role": evil, "content": evil}, {"role": "user", "content": evil}]
+    entry = {"id": "1", "kind": evil, "lang": "en", "messages": turns, "answer": evil, "passed": True}
+    side = {"identity": 1.0, "answers": [entry]}
+    gate = {"passed": False, "reasons": [evil]}
+    (tmp_path / "scorecard.json").write_text(json.dumps({"base": side, "tuned": side, "gate": gate}))
+    seen = card.probes(tmp_path, "all", "all", "all", str) + card.about(evil, tmp_path, {"license": evil}, str)
+    assert "alert(1)" in seen
+    assert "<script" not in seen
 
 
 def test_a_model_of_text_alone_has_no_picture_button(url, visit):
