@@ -59,7 +59,7 @@ def _figures(card: dict[str, Any], say: Say) -> str:
     )
     passed = card["gate"]["passed"]
     verdict = say("The scorecard's gate was passed." if passed else "The scorecard's gate was not passed:")
-    reasons = "".join(f"<li>{html.escape(reason)}</li>" for reason in card["gate"]["reasons"])
+    reasons = "".join(f"<li>{html.escape(say(reason))}</li>" for reason in card["gate"]["reasons"])
     return f"{table}<tbody>{rows}</tbody></table><p>{verdict}</p><ul>{reasons}</ul>"
 
 

@@ -49,7 +49,7 @@ gr = _import_gradio()
 ASSETS = Path(__file__).resolve().parent.parent / "assets" / "page"
 VISITORS = 100  # whose answers are written or waited for at once
 STYLES = {"precise": (0.0, 1.0), "balanced": (0.7, 0.9), "free": (1.0, 0.95)}  # temperature, top_p
-LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$", "$", False)]
+LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$\u2060", "\u2060$", False)]
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
 NO_BASE = (
     "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published with "
@@ -77,14 +77,17 @@ CLOSED = re.compile(  # what Gradio serves and this page has no use for
 ASGI = Callable[..., Awaitable[None]]
 
 # What looks like a tag or an entity outside of code gets an invisible word joiner, so that Markdown takes it for text.
-# This is for showing it whole; against scripts there is the chat's own sanitizer.
+# This is for showing it whole; against scripts there is the chat's own sanitizer. Dollars get one where they enclose a formula,
+# by Pandoc's rule: two prices in a sentence are none.
 PICTURE = re.compile(r'<img alt="" src="(data:image/[\w.+-]+;base64,[A-Za-z0-9+/=]+)">')
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
+FORMULA = re.compile(r"(?<![\\$])\$(?=[^\s$])([^$\n]*[^\s\\$])\$(?![\d$])")
 
 
 def shown(text: str) -> str:
     parts = CODE.split(text)
     parts[::2] = [re.sub(r"[<&](?=[A-Za-z/!?#])", "\\g<0>\u2060", part) for part in parts[::2]]
+    parts[::2] = [FORMULA.sub("$\u2060\\1\u2060$", part) for part in parts[::2]]
     return "".join(parts)
 
 
@@ -100,7 +103,7 @@ def message(role: str, text: str, pictures: Sequence[str] = ()) -> dict[str, Any
 def text_of(content: Any) -> str:
     """What was typed or answered. Gradio gives a str through its API, a list of parts from the page."""
     parts = [content] if isinstance(content, str) else [part.get("text", "") for part in content]
-    return re.sub("(?<=[<&])\u2060", "", "".join(parts))
+    return re.sub("(?<=[<&$])\u2060|\u2060(?=[$])", "", "".join(parts))
 
 
 def pictures_of(content: Any) -> list[str]:
@@ -138,7 +141,7 @@ def says(request: gr.Request, sentence: str) -> str:
 
 def warn(request: gr.Request, sentence: str) -> None:
     """A gr.Error would cover the whole chat until it is clicked away."""
-    gr.Warning(html.escape(says(request, sentence)), title=says(request, "Note"))
+    gr.Warning(html.escape(says(request, sentence)))
 
 
 class Visitors:
@@ -314,7 +317,7 @@ def chat_box(i18n: Any, elem_id: str) -> Any:
 
 def chatbot_of(**options: Any) -> Any:
     return gr.Chatbot(
-        height="max(18rem, calc(100dvh - 20rem))",
+        height="max(18rem, calc(100dvh - 21.25rem))",
         layout="bubble",
         buttons=["copy"],
         allow_tags=["img"],  # an image in an answer would call other hosts: it is shown as text
@@ -378,7 +381,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
         chosen = gr.HTML(elem_id="chosen")
         remove = gr.Button(i18n("Remove the pictures"), size="sm", scale=0, min_width=120, visible=False)
     fill = gr.HTML(elem_id="fill")
-    with gr.Accordion(i18n("Settings"), open=False, elem_id="settings"):
+    with gr.Accordion(i18n("Settings"), open=False, elem_id="settings") as settings:
         style = gr.Radio([(i18n(name), name) for name in STYLES], value="balanced", label=i18n("Style"))
         with gr.Row():
             heat = gr.Slider(0, 2, STYLES["balanced"][0], step=0.05, label=i18n("Temperature"))
@@ -417,7 +420,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
         index = last_question(history)
         content = history[index]["content"]
         box = gr.Textbox(text_of(content), submit_btn=True, stop_btn=False)
-        return [*map(anew, history[:index])], box, json.dumps(pictures_of(content))
+        return [*map(anew, history[:index])], box, json.dumps(pictures_of(content)), ""
 
     style.input(STYLES.get, style, [heat, top_p], **QUIET)
     answering = turn.change(
@@ -432,7 +435,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
     chatbot.example_select(example, turn, [talk, chatbot, turn, box, urls], **STREAM)
     chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **QUIET)
-    chatbot.undo(undo, chatbot, [chatbot, box, urls], **QUIET)
+    chatbot.undo(undo, chatbot, [chatbot, box, urls, fill], **QUIET)
     box.stop(idle, None, box, **QUIET)
 
     def script(event: Any, code: str, inputs: Any, outputs: Any) -> None:
@@ -443,6 +446,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
     blank = json.dumps({"id": ""})
     script(chatbot.change, "talks.save", [chatbot, system, talk, search], [talks, title, notice])
     script(box.change, "talks.draft", box, None)
+    script(settings.expand, "talks.reveal", None, None)
     script(add.click, "talks.add", urls, [urls, chosen])
     script(urls.change, "talks.chosen", urls, [chosen, remove])
     script(remove.click, "() => ['[]']", None, urls)
@@ -463,6 +467,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
           [*opened, box, sure], **QUIET)  # fmt: skip
     page.load(lambda text, typed: (*saved(text), typed), [talk, box], [*opened, box], js="talks.start", **QUIET)
     script(page.load, "() => [talks.list(), talks.wide()]", None, [talks, sidebar])
+    gr.on([talks.input, new.click], None, None, [sidebar], js="() => [talks.wide()]", **QUIET)  # else it covers a phone
     return eyes
 
 

@@ -80,6 +80,43 @@ CHINESE = {
     "held-out rows, nats/token": "留出数据的损失",
     "The scorecard's gate was passed.": "已通过评测门槛。",
     "The scorecard's gate was not passed:": "未通过评测门槛：",
+    "tuned model: {}": "微调后的模型：{}",
+    "merged model: {}": "合并后的模型：{}",
+    "Nothing was scored: run the evaluate stage first.": "尚未评测：请先运行 evaluate 阶段。",
+    "{} was not measured, there were no probes for it; add some, or build the data again.": (
+        "{} 没有测量：没有相应的问题。请添加，或重新生成数据。"
+    ),
+    "kl was not measured; run the evaluate stage again.": "kl 没有测量：请重新运行 evaluate 阶段。",
+    "identity {}, at least {} is asked; weakest: {}. Train for more steps.": (
+        "身份认知 {}，至少应为 {}；最弱：{}。请增加训练步数。"
+    ),
+    "identity by kind: {}, at least {} is asked of each. Read these answers in scorecard.json; train for more steps, or add "
+    "phrasings of these kinds.": (
+        "各类身份问题：{}，每类至少应为 {}。请查看 scorecard.json 中的回答；增加训练步数，或补充这些类别的问法。"
+    ),
+    "leak {}, at most {} is allowed; the name or author came up in {}. Add contrast prompts of these kinds, or raise the "
+    "weight of the KL term.": (
+        "身份泄漏 {}，最多允许 {}；在这些类别中出现了名字或作者：{}。请补充这些类别的对照问题，或加大 KL 项的权重。"
+    ),
+    "sight by kind: {}, at least {} is asked of each. Train for more steps (vision.steps), or on more pictures.": (
+        "各类看图问题：{}，每类至少应为 {}。请增加训练步数（vision.steps），或使用更多图片。"
+    ),
+    "blind {}, at most {} is allowed: these answers stay the same when the picture is replaced by noise. Train the projector "
+    "for more steps.": "盲答 {}，最多允许 {}：把图片换成噪声后回答不变。请让投影层多训练一些步数。",
+    "parrot {}, the base has {} and at most {} more is allowed: ordinary questions get the same answer. Train for fewer "
+    "steps, or with more ordinary prompts.": (
+        "鹦鹉学舌 {}，底座为 {}，最多允许再高 {}：普通问题得到相同的回答。请减少训练步数，或加入更多普通问题。"
+    ),
+    "loss {} nats per token on held-out rows, at most {} times the base's {} is asked: nothing was learned that holds for "
+    "rows it has not seen. Give more rows, or train for fewer epochs or at a lower learning rate.": (
+        "留出数据的损失为每词元 {} nats，不应超过底座的 {} 倍（底座 {}）：没有学到对未见数据有效的东西。请提供更多数据，或减少轮数、降低学习率。"
+    ),
+    "kl {} nats per token, at most {} is allowed: ordinary answers moved away from the base's. Train for fewer steps, at a "
+    "lower learning rate, or raise the weight of the KL term.": (
+        "KL 为每词元 {} nats，最多允许 {}：普通回答偏离了底座。请减少训练步数、降低学习率，或加大 KL 项的权重。"
+    ),
+    "facts kept {}, at least {} is asked: facts that the base knows were lost. Train for fewer steps, or with more ordinary "
+    "prompts.": "知识保留 {}，至少应为 {}：底座知道的知识丢失了。请减少训练步数，或加入更多普通问题。",
     "There is no scorecard with this model: it was not made by this program, or before scorecards went along.": (
         "此模型没有附带评测：它不是由本程序制作的，或制作时还不附带评测。"
     ),
@@ -92,7 +129,6 @@ CHINESE = {
     "wrong": "错误",
     "{} of {} questions; the first {} are shown.": "{} / {} 个问题，显示前 {} 个。",
     # what goes wrong
-    "Note": "提示",
     "Many are asking just now: {} before you, about {} s.": "当前提问较多，您前面还有 {} 位，约 {} 秒。",
     "The answer broke off; the server's log says why.": "回答中断，原因见服务器日志。",
     "The message is too long: {} characters, and {} fit. Shorten it and send it again.": (
@@ -131,5 +167,5 @@ def in_chinese(sentence: str) -> str:
         if "{}" in english and (
             found := re.fullmatch("(.*)".join(map(re.escape, english.split("{}"))), sentence, re.S)
         ):
-            return chinese.format(*found.groups())
+            return chinese.format(*map(in_chinese, found.groups()))
     return sentence

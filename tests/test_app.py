@@ -22,7 +22,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 import app
-from finetune import api, card
+from finetune import api, card, scorecard
 from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
 from finetune.page import CODE, build, shown, text_of
@@ -98,6 +98,7 @@ def test_a_message_that_never_fits_is_refused():
         "<img src=x onerror=alert(1)>",
         "</p> <!-- --> <?x?> &lt; &#60; &",
         "`<b>` ```\n<i>\n``` <u>",
+        "$a<b$ and $$c$$ cost $5 or $6, `$d$`",
     ],
 )
 def test_shown_text_is_read_back_as_it_was(text):
@@ -150,7 +151,7 @@ def run(tiny_model, tmp_path_factory):
     """What a run leaves, in a second: a random adapter, the model that it is merged into, and their scorecard."""
     import torch
 
-    from finetune import embedded, model, scorecard
+    from finetune import embedded, model
     from finetune.chat_format import ChatFormat
     from finetune.identity import Persona
 
@@ -272,6 +273,24 @@ def test_what_the_page_says_is_there_in_chinese():
             refusal()
         sentence = getattr(told.value, "error", {}).get("message") or str(told.value)
         assert re.search("[\u4e00-\u9fff]", in_chinese(sentence)), sentence
+
+
+def test_what_the_gate_says_is_there_in_chinese():
+    shares = {"name": 0.1, "zh": 0.2}
+    at_least = dict.fromkeys(("identity", "identity_kind", "facts_kept", "sight"), 0.9)
+    limits = at_least | dict.fromkeys(("leak", "parrot", "kl", "blind", "loss"), 0.1)
+    bad = dict.fromkeys(limits, 0.5) | {f"{key}_by_kind": shares for key in ("identity", "leak", "sight")}
+    figures = {"base": {"parrot": 0.0, "loss": 1.0}, "tuned": bad, "merged": dict.fromkeys(limits)}
+    reasons = [*scorecard.gate(figures, limits)["reasons"], *scorecard.gate({}, limits)["reasons"]]
+    assert len(reasons) == 2 * len(limits)  # all of the first; of the second all but identity_kind; and one of nothing
+    for reason in reasons:
+        chinese = in_chinese(reason)
+        assert not re.search(r"[a-z]+ [a-z]+ [a-z]+|model", chinese), chinese
+        numbers = [re.findall(r"\d+(?:\.\d+)?", text) for text in (chinese, reason)]
+        assert numbers[0] == numbers[1]  # in the same order
+    assert in_chinese(
+        "tuned model: identity 0.50, at least 0.90 is asked; weakest: name 0.10. Train for more steps."
+    ) == ("微调后的模型：身份认知 0.50，至少应为 0.90；最弱：name 0.10。请增加训练步数。")
 
 
 def test_a_taken_port_is_said(capsys):
@@ -568,10 +587,12 @@ def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
 
 
 def test_formulas_in_all_four_delimiters(engine, url, visit):
-    engine.says(r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$ .")
+    engine.says(r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$; it costs $5, or $6 with $x$.")
     page = visit(url)
-    send(page, "?")
-    until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 4 and idle(page), "four formulas")
+    send(page, "Is it $5 or $6?")
+    until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 5 and idle(page), "five formulas")
+    assert "it costs $5, or $6 with" in talk(page)[1][1]
+    assert talk(page)[0][1] == "Is it $5 or $6?"
 
 
 def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engine, url, visit, monkeypatch):
@@ -954,10 +975,10 @@ def barriers(page):
     "look",
     [
         {"color_scheme": "light", "locale": "zh-CN"},
-        {"color_scheme": "dark"},
+        {"color_scheme": "dark", "viewport": {"width": 820, "height": 1180}},
         {"color_scheme": "light", "viewport": {"width": 375, "height": 720}, "locale": "zh-CN"},
     ],
-    ids=["light", "dark", "phone"],
+    ids=["light", "dark tablet", "phone"],
 )
 def test_pictures(engine, url, visit, tmp_path, look):
     page = visit(url, **look)
@@ -969,6 +990,8 @@ def test_pictures(engine, url, visit, tmp_path, look):
     send(page, "你好！请给我看一张表格、一段代码和一个列表，谢谢。")
     until(lambda: len(talk(page)) == 2 and idle(page), "the answer")
     page.get_by_role("button", name=re.compile("Settings|设置")).click()
+    end = "document.querySelector('#settings').getBoundingClientRect().bottom - innerHeight"
+    until(lambda: page.locator("#system").is_visible() and page.evaluate(end) < 1, "all of the settings")
     page.screenshot(path=tmp_path / "talk.png")
     assert barriers(page) == []
     for tab, name in enumerate(("talk", "side", "about")):
@@ -982,6 +1005,13 @@ def test_pictures(engine, url, visit, tmp_path, look):
         page.screenshot(path=tmp_path / f"{name}.png")
         assert barriers(page) == []
         assert page.evaluate("document.documentElement.scrollWidth <= innerWidth")
+    drawer, wide = page.locator(".sidebar.open"), "viewport" not in look
+    assert drawer.count() == wide
+    if not wide:
+        page.locator(".sidebar .toggle-button").click()
+        drawer.wait_for()
+    page.locator("#new").click()
+    until(lambda: drawer.count() == wide and talk(page) == [], "the empty chat, which nothing covers")
     r, g, b = map(int, re.findall(r"\d+", page.evaluate("getComputedStyle(document.body).backgroundColor"))[:3])
     assert (r + g + b < 200) == (look["color_scheme"] == "dark")
 

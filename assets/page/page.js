@@ -41,7 +41,7 @@ const talks = (() => {
   new MutationObserver(() => {
     for (const list of document.querySelectorAll(".examples[role=list]")) list.removeAttribute("role");
     for (const said of document.querySelectorAll(".message [data-testid][aria-label]:not([role])")) said.role = "group";
-    for (const code of document.querySelectorAll(".message pre:not([tabindex])")) code.tabIndex = 0;
+    for (const wide of document.querySelectorAll(".message :is(pre, table, .katex-display):not([tabindex])")) wide.tabIndex = 0;
   }).observe(document, { childList: true, subtree: true });
 
   const update = (properties) => ({ __type__: "update", ...properties });
@@ -50,7 +50,7 @@ const talks = (() => {
   const write = (id, talk) => store.setItem(PREFIX + id, JSON.stringify({ ...talk, changed: Date.now() }));
   const plain = (content) =>
     (typeof content === "string" ? content : content.map((part) => part.text ?? "").join(""))
-      .replace(/([<&])\u2060/g, "$1");
+      .replace(/([<&$])\u2060|\u2060(?=\$)/g, "$1");
   const PICTURE = /^<img alt="" src="(data:image\/[\w.+-]+;base64,[A-Za-z0-9+/=]+)">$/;
   // In OpenAI's form; a picture comes from the chat as HTML, or as it was kept.
   const kept = (content) => {
@@ -168,7 +168,7 @@ const talks = (() => {
       try {
         const read = parse(await file.text()).map(checked);
         for (const talk of read) write(Date.now().toString(36) + Math.random().toString(36).slice(2), talk);
-        done([list(search, null), say("Imported conversations: {}").replace("{}", read.length)]);
+        done([list(search), say("Imported conversations: {}").replace("{}", read.length)]);
       } catch (error) {
         const full = error.name === "QuotaExceededError";
         done([keep, say(full ? "This browser's storage is full: export some conversations and delete them."
@@ -227,7 +227,10 @@ const talks = (() => {
   addEventListener("dragover", (event) => document.querySelector("#add") && event.preventDefault());
   addEventListener("drop", (event) => receive(event.dataTransfer, event), true);
 
+  // What opens below the window's edge is not seen to open.
+  const reveal = () => (setTimeout(() => document.querySelector("#settings").scrollIntoView({ block: "end" }), 100), []);
+
   const wide = () => update({ open: innerWidth > 1000 });
 
-  return { list, save, open, start, draft, rename, remove, save_as, load, add, chosen, wide };
+  return { list, save, open, start, draft, rename, remove, save_as, load, add, chosen, reveal, wide };
 })();
