@@ -345,8 +345,8 @@ class ScriptedEngine(Engine):
 
     def has_stopped(self):
         before = self.steps
-        time.sleep(5 * self.delay + 0.2)
-        return self.steps == before
+        time.sleep(2 * self.delay + 0.2)
+        return self.steps == before and not self.decoder.rows
 
 
 @contextmanager
@@ -443,7 +443,7 @@ def sees(page, *expected):
 
 
 def test_the_answer_grows_and_stop_stops_the_decoder(engine, url, visit):
-    engine.says("All the world's a stage, " * 9, delay=0.03)
+    engine.says("All the world's a stage, " * 9, delay=0.1)
     began = engine.steps
     page = visit(url)
     send(page, "Go on")
@@ -470,7 +470,7 @@ def test_the_answer_grows_and_stop_stops_the_decoder(engine, url, visit):
 
 
 def test_a_closed_tab_stops_the_decoder(engine, url, visit):
-    engine.says("All the world's a stage, " * 9, delay=0.03)
+    engine.says("All the world's a stage, " * 9, delay=0.1)
     began = engine.steps
     page = visit(url)
     send(page, "Go on")
@@ -519,7 +519,7 @@ def test_retry_undo_edit_clear_and_copy(engine, url, visit):
 def test_whoever_asks_again_meanwhile_stops_the_old_answer(engine, url, visit):
     page = visit(url)
     for label in ("Edit", "Clear"):
-        engine.says("All the world's a stage, " * 9, delay=0.03)
+        engine.says("All the world's a stage, " * 9, delay=0.1)
         began = engine.steps
         send(page, "Go on")
         until(lambda: engine.steps > began + 5, "the first tokens")  # noqa: B023 - called at once
@@ -532,7 +532,7 @@ def test_whoever_asks_again_meanwhile_stops_the_old_answer(engine, url, visit):
             page.get_by_role("button", name="Clear").click()
         sees(page)
         until(engine.has_stopped, "the decoder's end")
-        assert engine.steps - began < len(engine.script) + 230
+        assert engine.steps - began < 225  # the old answer's tokens
 
 
 def test_html_stays_text(engine, url, visit):
@@ -574,6 +574,7 @@ def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
     assert page.locator("#fill").inner_text() == f"已用 {prompt + 5} / 1024 个词元"  # four bytes and the stop token
     page.get_by_role("button", name="设置").click()
     page.get_by_label("精确").click()
+    until(lambda: page.locator("#settings input[type=number]").first.input_value() == "0", "the numbers")
     page.get_by_label("系统提示词").fill("Be <brief>.")
     send(page, "B")
     until(lambda: len(talk(page)) == 4 and idle(page), "the second answer")
@@ -635,6 +636,10 @@ def test_an_example_is_sent_and_nothing_is_not(engine, url, visit):
     sees(page, ("user", "你是谁？"), ("bot", "I am."))
 
 
+def is_kept(page, draft):
+    until(lambda: page.evaluate("sessionStorage.getItem('namesake draft')") == draft, "the browser to keep it")
+
+
 def listed(page):
     return page.locator("#talks label").all_inner_texts()
 
@@ -664,19 +669,20 @@ def test_conversations_stay_in_the_browser(engine, visit, tmp_path):
         until(lambda: listed(page) == ["The capital of Italy?"], "what was searched for")
         page.get_by_label("Search").fill("")
         page.fill("#box textarea", "half a sent")
+        is_kept(page, "half a sent")
 
     with serving(engine, port) as url:  # the server anew
         page.goto(url)
         page.locator("#box textarea").wait_for()
         until(lambda: len(talk(page)) == 2, "the conversation that was open")
-        assert page.locator("#box textarea").input_value() == "half a sent"
+        until(lambda: page.locator("#box textarea").input_value() == "half a sent", "what was typed")
         until(lambda: listed(page) == ["Boats <b>", "The capital of Italy?"], "all conversations")
         assert listed(visit(url)) == []  # another browser has its own
 
         page.get_by_label("The capital of Italy?").check()
         until(lambda: "Rome" in str(talk(page)), "the first conversation")
         page.get_by_role("button", name="Settings").click()
-        assert page.get_by_label("System prompt").input_value() == "Be brief."
+        until(lambda: page.get_by_label("System prompt").input_value() == "Be brief.", "its system prompt")
         italy = [
             {"role": "system", "content": "Be brief."},
             {"role": "user", "content": "The capital of  Italy?"},
@@ -896,7 +902,8 @@ def test_no_file_of_the_server_and_no_upload(url):
 def test_the_keyboard_alone_suffices(engine, url, visit):
     engine.says("Yes.")
     page = visit(url)
-    page.keyboard.type("Hello")  # the box has the focus
+    until(lambda: page.evaluate("document.activeElement.matches('#box textarea')"), "the focus in the box")
+    page.keyboard.type("Hello")
     page.keyboard.press("Enter")
     sees(page, ("user", "Hello"), ("bot", "Yes."))
     names = []
@@ -925,6 +932,7 @@ def test_language_and_look_are_switched_on_the_page(engine, url, visit):
     send(page, "Oder?")
     sees(page, ("user", "Oder?"), ("bot", "Ja."))
     page.fill("#box textarea", "Noch")
+    is_kept(page, "Noch")
     page.get_by_role("link", name="中文").click()
     page.get_by_role("tab", name="并排对比").wait_for()
     page.get_by_role("link", name="深色").click()
@@ -933,7 +941,7 @@ def test_language_and_look_are_switched_on_the_page(engine, url, visit):
     page.get_by_role("tab", name="并排对比").wait_for()
     assert page.evaluate("[document.body.classList.contains('dark'), document.documentElement.lang]") == [True, "zh-CN"]
     until(lambda: len(talk(page)) == 2, "the conversation")
-    assert page.locator("#box textarea").input_value() == "Noch"
+    until(lambda: page.locator("#box textarea").input_value() == "Noch", "what was typed")
     page.press("#box textarea", "Enter")
     page.locator("#fill").get_by_text(
         re.compile(r"已用 \d+ / 1024 个词元")
@@ -1089,6 +1097,7 @@ def test_the_command(tiny_model, visit):
 def test_closing_the_answer_stops_the_decoder(engine):
     engine.says("All the world's a stage", delay=0.05)
     with closing(pieces(engine, Request([{"role": "user", "content": "?"}]))) as found:
-        assert [next(found).text, next(found).text] == ["A", "l"]
+        said = (piece.text for piece in found if piece.text)  # there are empty ones where a machine is slow
+        assert [next(said), next(said)] == ["A", "l"]
     until(lambda: not engine.decoder.rows, "the decoder's end")
     assert engine.has_stopped()

@@ -85,7 +85,7 @@ const talks = (() => {
     } catch {
       return [keep, keep, say("This browser's storage is full: export some conversations and delete them.")];
     }
-    return [before ? keep : list(search, id), title, ""];
+    return before ? [keep, keep, ""] : [list(search, id), title, ""];  // a title that is being typed stays
   }
 
   const open = (id) => {
