@@ -16,6 +16,8 @@ FIGURES = (  # key in the scorecard, its name
     ("parrot", "answers alike"),
     ("kl", "KL(base ‖ tuned), nats/token"),
     ("facts_kept", "facts kept"),
+    ("sight", "pictures: right answers"),
+    ("blind", "answers that noise does not change"),
     ("loss", "held-out rows, nats/token"),
 )
 NO_SCORECARD = (

@@ -55,6 +55,7 @@ NO_BASE = (
     "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published with "
     "--what both."
 )
+BLIND_BASE = "There is no side by side with a model that sees: its base does not."
 QUIET = {"queue": False, "show_progress": "hidden", "api_visibility": "private"}
 # What may warn or stream has to go through the queue.
 STREAM = {"concurrency_limit": VISITORS, "show_progress": "hidden", "api_visibility": "private"}
@@ -270,7 +271,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
                 gr.HTML(state, visible=not ready),
                 gr.Column(visible=ready),
                 gr.Timer(active=loading),
-                gr.HTML(says(request, NO_BASE), visible=not engine.base),
+                gr.HTML(says(request, BLIND_BASE if engine.sees else NO_BASE), visible=not engine.base),
                 gr.Column(visible=bool(engine.base)),
                 gr.Row(visible=engine.sees),
             ]

@@ -66,6 +66,7 @@ CHINESE = {
     "Both answer at once, from one copy of the weights. This is not kept.": "两者同时回答，共用一份权重；内容不会保存。",
     "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published "
     "with --what both.": "只有适配器与模型在一起时才能并排对比：在训练目录中，或用 --what both 发布。",
+    "There is no side by side with a model that sees: its base does not.": "会看图的模型没有并排对比：其底座不会看图。",
     # what was made
     "About": "关于",
     "made by": "作者",
@@ -77,6 +78,8 @@ CHINESE = {
     "answers alike": "鹦鹉学舌",
     "KL(base ‖ tuned), nats/token": "与底座的偏移 KL，nats/词元",
     "facts kept": "知识保留",
+    "pictures: right answers": "看图答对",
+    "answers that noise does not change": "无视图片的回答",
     "held-out rows, nats/token": "留出数据的损失",
     "The scorecard's gate was passed.": "已通过评测门槛。",
     "The scorecard's gate was not passed:": "未通过评测门槛：",

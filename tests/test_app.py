@@ -745,6 +745,9 @@ def test_pictures_are_chosen_pasted_and_kept(seeing, visit, tmp_path):
     (bad := tmp_path / "bad.png").write_text("no picture")
     with serving(seeing) as url:
         page = visit(url)
+        page.get_by_role("tab", name="Side by side").click()
+        page.get_by_text("There is no side by side with a model that sees").wait_for()
+        page.get_by_role("tab", name="Chat").click()
         thumbnails = page.locator("#chosen img")
 
         def choose(file):
