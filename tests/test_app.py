@@ -39,7 +39,7 @@ FLAGS = [
     "--no-first-run",
 ]
 VISITORS = itertools.count(1)
-PATIENCE = 60  # seconds, on a slow machine
+PATIENCE = 120  # seconds, on a slow machine
 
 
 def until(condition, what, but=lambda: ""):
