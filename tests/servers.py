@@ -3,13 +3,16 @@ server that knows ranges, a small Hugging Face hub, and a proxy that spoils what
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import json
 import os
 import re
 import socket
+import struct
 import subprocess
+import termios
 import threading
 import time
 from collections import Counter
@@ -434,12 +437,17 @@ class HubHandler(Handler):
 # ---------------------------------------------------------------------------------------------------------------- faults
 
 
+def unacknowledged(connection: socket.socket) -> int:
+    """Bytes that were written to a connection and that the other side's system does not have yet."""
+    return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4))[0]
+
+
 class Faults:
     """A TCP proxy before a server: each new connection takes the next fault of `plan`, if any is left.
 
-    ("cut", n): closed, with a reset, after n bytes of the answer; ("close", n): closed quietly; ("delay", seconds);
-    ("corrupt", n): the answer's byte n is another one; ("status", code, headers): answered in the server's place.
-    `passed` counts the answers' bytes.
+    ("cut", n): closed, with a reset, when n bytes of the answer have arrived; ("close", n): closed quietly; ("delay",
+    seconds); ("corrupt", n): the answer's byte n is another one; ("status", code, headers): answered in the server's place.
+    `passed` counts the answers' bytes that arrived.
     """
 
     def __init__(self, port: int):
@@ -494,6 +502,8 @@ class Faults:
                     client.sendall(data[: fault[1] - count])
                     self.passed += fault[1] - count
                     if fault[0] == "cut":
+                        while unacknowledged(client):  # a reset throws away what is still here
+                            time.sleep(0.001)
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                     return
                 client.sendall(data)
