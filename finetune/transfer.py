@@ -237,9 +237,8 @@ def open_url(url: str, headers: dict[str, str], offset: int, options: dict[str, 
 
     def chunks() -> Iterator[bytes]:
         with response:
-            read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 loses what it has when it is cut
             try:
-                while chunk := read(CHUNK):
+                while chunk := response.raw.read1(CHUNK):  # read() would lose what it has when it is cut
                     yield chunk
             except (*CUT, OSError) as error:
                 raise Passing(reason_of(error)) from None
