@@ -310,10 +310,10 @@ class HubHandler(Handler):
     def entry(self, name: str, sha256: str) -> dict:
         path = self.server.blob(sha256)
         size = path.stat().st_size
-        git = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
-        lfs = (
-            {"lfs": {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 130}} if name.endswith(LARGE) else {}
-        )
+        large = name.endswith(LARGE)
+        data = sha256.encode() if large else path.read_bytes()  # git holds a pointer
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        lfs = {"lfs": {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 130}} if large else {}
         return {"rfilename": name, "path": name, "type": "file", "size": size, "blobId": git, "oid": git, **lfs}
 
     def do_GET(self):
