@@ -103,6 +103,7 @@ def _environment(remote: Remote) -> dict[str, str]:
         ("gc.auto", "0"),
     ]
     if (found := credentials(remote.place)) and remote.scheme in ("http", "https"):
+        config.append(("credential.helper", ""))  # the user's own would be told the token to keep
         environment["NAMESAKE_GIT_USER"], environment["NAMESAKE_GIT_TOKEN"] = found[0], keep_secret(found[1]) or ""
         parts = urlsplit(remote.url)
         helper = '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$NAMESAKE_GIT_USER" "$NAMESAKE_GIT_TOKEN"; }; f'
@@ -232,10 +233,9 @@ def open_remote(place: "Place") -> Remote:
             git(remote, "init", "--quiet", "--bare", "--template=")
     url = git(remote, "ls-remote", "--get-url", place.name).decode().strip()
     parts = urlsplit(url)
-    if parts.password:
-        keep_secret(parts.password)
+    if parts.password or (parts.username and parts.scheme != "ssh"):
         raise UserError(
-            f"git's insteadOf for {place.ref} holds a password: keep it in git's credential helper instead."
+            f"git's insteadOf for {place.ref} holds a user name, password or token: keep it in git's credential helper instead."
         )
     return remote._replace(url=url)
 
@@ -350,6 +350,8 @@ def _tree(remote: Remote, commit: str) -> dict[str, File]:
                 entries.append((mode, sha, size, name))
             if len(entries) > MOST_FILES:
                 raise UserError(f"{remote.place.ref} has more than {MOST_FILES} files, which is refused.")
+        if process.wait():
+            raise UserError(f"{remote.place.ref}: git cannot read the tree of {commit}: it is broken.")
     finally:
         process.kill()
         process.stdout.close()  # type: ignore[union-attr]

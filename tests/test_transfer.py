@@ -189,6 +189,27 @@ def test_a_redirect_to_another_host_goes_without_the_token(served, world):
         assert [(p, a) for _, p, a in other.seen] == [(path, None)]
 
 
+def test_a_host_that_two_readers_see_differently_gets_no_token(served, world):
+    """`\\` ends the host for whoever connects, and for Python's urlsplit the host is what follows the @."""
+    server, path, _, _ = served
+    with GitServer(world / "served") as other:
+        other.rules.append(lambda handler: not handler.answer(b"open"))
+        target = f"{other.url}\\@{server.url.partition('://')[2]}{path}"
+        server.rules.append(lambda handler: not handler.answer(b"", 302, Location=target))
+        with contextlib.suppress(UserError):
+            transfer.ask("GET", server.url + path, {"Authorization": "Bearer canary"})
+        assert all(authorization is None for _, _, authorization in other.seen)
+
+
+@pytest.mark.parametrize("value", ["²", "9" * 400, "Mon, 01 Jan 0001 00:00:00 -0000", "soon", "-1"])
+def test_a_wait_that_is_none(served, value, monkeypatch):
+    server, path, headers, _ = served
+    monkeypatch.setattr(transfer.time, "sleep", lambda seconds: None)
+    server.rules.append(lambda handler: not handler.answer(b"", 429, Retry_After=value))
+    with pytest.raises(transfer.Unreachable, match="HTTP 429"):
+        transfer.patiently(lambda: transfer.ask("GET", server.url + path, headers), "x")
+
+
 def test_a_loop_of_redirects_ends(served):
     server, path, headers, _ = served
     server.rules.append(lambda handler: not handler.answer(b"", 302, Location=path))
@@ -464,6 +485,18 @@ def test_no_token_is_told_anywhere(server, hf, world, big, kind, fault, monkeypa
     own = {world / "home" / ".git-credentials"}
     files = [f for f in world.rglob("*") if f.is_file() and f not in own]
     assert not [f for f in files if CANARY.encode() in f.read_bytes()]
+
+
+def test_a_token_of_the_environment_is_not_put_into_a_store(server, world, package, monkeypatch):
+    """Git offers what it logged in with to every helper that it knows; and an older token there does not win."""
+    server.make("user/x")
+    redirect("openxlab", server)
+    server.users, server.private = {"user": CANARY}, True
+    log_in(server.url, "an-older-one")
+    monkeypatch.setenv("OPENXLAB_TOKEN", CANARY)
+    hub.publish("openxlab:user/x", package, "x")
+    assert tree(hub.pull("openxlab:user/x")) == wanted(package)
+    assert CANARY not in (world / "home" / ".git-credentials").read_text()
 
 
 def test_no_token_is_in_any_argument_while_it_works(server, world, big, monkeypatch):
