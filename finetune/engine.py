@@ -104,7 +104,7 @@ class Engine:
         while True:
             self.message = "Fetching the model"
             try:
-                base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
+                base, failed = hub.pull_first(hub.several(self.ref), lambda ref: model.base_folder(ref, self.show))
                 adapter = hub.pull(self.adapter) if self.adapter else None
                 break
             except Unreachable as error:  # a space starts by itself, and nobody is there to start it again

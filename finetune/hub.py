@@ -111,17 +111,21 @@ def pull(ref: str, *, progress: Callable[[int, int], object] | None = None) -> P
     return target
 
 
-def pull_first(refs: str, one: Callable[[str], Path] = pull) -> tuple[Path, list[str]]:
-    """The folder of the first of "a,b,c" that can be had, and what was wrong with those before it. Raises UserError with
-    all reasons when none can; Unreachable where one may answer later."""
+def several(refs: str) -> list[str]:
+    """The references in "a,b,c"; a folder may have a comma in its name."""
+    return [refs] if os.path.lexists(refs) else [ref.strip() for ref in refs.split(",")]
+
+
+def pull_first(refs: list[str], one: Callable[[str], Any] = pull) -> tuple[Any, list[str]]:
+    """`one` of the first reference that can be had, and what was wrong with those before it. Raises UserError with all
+    reasons when none can; Unreachable where one may answer later."""
     failed: list[str] = []
     kind = UserError
-    for ref in [refs] if _local(refs) else [ref.strip() for ref in refs.split(",")]:
+    for ref in refs:
         try:
             return one(ref), failed
         except UserError as error:
-            said = " ".join(error.problems)
-            failed.append(f"{transfer.without_user(ref)}: {said}" if "," in refs else said)
+            failed.append(" ".join(error.problems))  # each names its reference
             kind = Unreachable if isinstance(error, Unreachable) else kind
     raise kind(*failed)
 

@@ -123,7 +123,7 @@ def test_the_first_source_that_can_be_had_is_loaded_and_those_before_it_are_told
     assert engine.health() == {
         "status": "ready",
         "model": f"dir:{tmp_path}/none, {tiny_model}",
-        "message": f"dir:{tmp_path}/none: '{tmp_path}/none' is not a folder; check its spelling.",
+        "message": f"'{tmp_path}/none' is not a folder; check its spelling.",
         "runs_on": engine.runs_on,
     }
 

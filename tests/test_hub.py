@@ -231,11 +231,11 @@ def test_a_hub_that_does_not_answer(world, monkeypatch):
 
 
 def test_the_first_source_that_answers(foreign, server):
-    folder, failed = hub.pull_first(f"git+{server.url}/user/gone.git, hf:user/other,hf:user/tiny")
+    folder, failed = hub.pull_first([f"git+{server.url}/user/gone.git", "hf:user/other", "hf:user/tiny"])
     assert folder == hub.pull("hf:user/tiny")
     assert [reason.partition(": ")[0] for reason in failed] == [f"git+{server.url}/user/gone.git", "hf:user/other"]
     with pytest.raises(UserError) as caught:
-        hub.pull_first("hf:user/other,dir:/no/where")
+        hub.pull_first(["hf:user/other", "dir:/no/where"])
     assert len(caught.value.problems) == 2
 
 

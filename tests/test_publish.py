@@ -234,7 +234,7 @@ def test_a_password_in_the_address_is_refused(package, user, world):
     said = [str(caught.value)]
     for wrong in (f"{ref},hf:", ref.removeprefix("git+"), f"{ref}?x", f"git+https://example.com/x.git?token={user}"):
         with pytest.raises(UserError) as caught:
-            hub.pull_first(wrong)
+            hub.pull_first(hub.several(wrong))
         said.append(str(caught.value))
     git("config", "--global", f"url.https://{user}example.com/.insteadOf", "https://example.com/")
     with pytest.raises(UserError, match="keep it in git's credential helper") as caught:
