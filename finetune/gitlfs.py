@@ -36,6 +36,7 @@ LARGE = 1 << 20  # bytes; safetensors and whatever is larger goes to LFS
 POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\n(?:ext-.*\n)*oid sha256:([0-9a-f]{64})\nsize (\d{1,18})\n", re.A
 )
+LARGEST_IN_GIT = 1 << 28  # bytes of a file outside LFS; git packs zeros a thousand to one
 COMMIT = re.compile(r"[0-9a-f]{40}")
 GIT_SECONDS = 900  # for one fetch or push
 STALL_SECONDS = 120  # of it without a byte; a server may think about a push for a while
@@ -370,6 +371,10 @@ def _tree(remote: Remote, commit: str) -> dict[str, File]:
         if mode not in ("100644", "100755"):
             kind = "symbolic link" if stat.S_ISLNK(int(mode, 8)) else "submodule"
             raise UserError(f"{remote.place.ref}: {plain(ascii(name))} is a {kind}, which is refused.")
+        if int(size) > LARGEST_IN_GIT:
+            raise UserError(
+                f"{remote.place.ref}: {plain(ascii(name))} has {size} bytes in git itself and not in Git LFS, which is refused."
+            )
         if pointer := POINTER.match(contents.get(sha, b"")):
             oid, length = pointer[1].decode(), int(pointer[2])
             files[name] = File(length, f"sha256:{oid}", _lfs_opener(remote, oid, length))

@@ -23,7 +23,13 @@ from finetune.places import HUBS
 
 
 class Server(http.server.ThreadingHTTPServer):
+    """Each answers as a proxy too, whatever host it is asked for; `proxied`: these hosts."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.proxied = set()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -46,6 +52,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+    def parse_request(self) -> bool:
+        good = super().parse_request()
+        if good and (found := re.match(r"http://([^/]+)/", self.path)):  # asked as a proxy
+            self.server.proxied.add(found[1])
+            self.path = self.path[found.end() - 1 :]
+        return good
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":

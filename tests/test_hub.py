@@ -332,6 +332,17 @@ def handler_entry(hf, name: str, source) -> dict:
     return handler.entry(name, source.sha256)
 
 
+def test_what_unpacks_from_nothing(server, world, monkeypatch):
+    """A gigabyte of zeros is a megabyte to fetch, where it lies in git itself."""
+    monkeypatch.setattr("finetune.gitlfs.LARGEST_IN_GIT", 1000)
+    bare = server.make("user/x")
+    git("init", "-q", "-b", "main", cwd=mkdir(world / "mine"))
+    (world / "mine" / "config.json").write_bytes(b"\0" * 1001)
+    commit(world / "mine", f"file://{bare}")
+    with pytest.raises(UserError, match=r"'config\.json' has 1001 bytes in git itself .* refused"):
+        hub.pull(f"git+file://{bare}")
+
+
 def test_a_tree_that_git_cannot_read(server, world):
     """What of it was read is not taken for the whole."""
     bare = server.make("user/x")

@@ -335,6 +335,41 @@ def test_the_openxlab_package_says_no(server, package, world, openxlab, monkeypa
     assert "canary" not in str(caught.value)
 
 
+# ------------------------------------------------------------------------------------------------------------- proxies
+
+
+@pytest.mark.parametrize("how", ["environment", "git"])
+def test_through_a_proxy(server, package, monkeypatch, how):
+    """To a host that only the proxy knows."""
+    server.make("user/x")
+    server.users = {}
+    monkeypatch.delenv("NO_PROXY")
+    if how == "git":
+        git("config", "--global", "http.http://hub.invalid.proxy", server.url)
+    else:
+        monkeypatch.setenv("http_proxy", server.url)
+    hub.publish("git+http://hub.invalid/user/x.git", package, "x")
+    assert tree(hub.pull("git+http://hub.invalid/user/x.git")) == wanted(package)
+    assert server.proxied == {"hub.invalid"}
+
+
+def test_hugging_face_through_a_proxy(hf, package, monkeypatch):
+    import huggingface_hub
+
+    hub.publish("hf:user/x", package, "x")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.invalid")
+    template = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("http_proxy", hf.url)
+    huggingface_hub.close_session()
+    try:
+        assert tree(hub.pull("hf:user/x")) == wanted(package)
+    finally:
+        huggingface_hub.close_session()
+    assert hf.proxied == {"hub.invalid"}
+
+
 # ------------------------------------------------------------------------------------------------------------------ ssh
 
 
