@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from finetune import gitlfs, transfer
-from finetune.errors import UserError
+from finetune.errors import UserError, without_user
 from finetune.gitlfs import File, Listing
 from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, keep_secret, plain
 
@@ -58,7 +58,7 @@ def parse(ref: str) -> Place:
     space = SPACES.get(kind, "")
     found = re.fullmatch(rf"((?:{space})?\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest, re.A)
     if not found or ".." in ref:
-        raise UserError(NO_REFERENCE.format(transfer.without_user(ref)))
+        raise UserError(NO_REFERENCE.format(without_user(ref)))
     name = found[1] if kind == "hf" else HUBS[kind][0].format(found[1])
     return Place(kind, name, found[2], ref)
 

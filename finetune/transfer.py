@@ -18,7 +18,7 @@ from urllib.parse import urljoin
 import requests
 import urllib3
 
-from finetune.errors import UserError
+from finetune.errors import UserError, without_user
 
 CHUNK = 1 << 20
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte
@@ -77,11 +77,6 @@ def keep_secret(value: str | None) -> str | None:
     if value and value.strip():
         _secrets.add(value.strip())
     return value
-
-
-def without_user(text: str) -> str:
-    """Without a user and a password in a URL."""
-    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 def plain(text: object) -> str:

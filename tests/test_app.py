@@ -128,6 +128,13 @@ def test_the_first_source_that_can_be_had_is_loaded_and_those_before_it_are_told
     }
 
 
+def test_a_token_in_an_address_is_not_shown(capsys):
+    engine = Engine("git+https://user:s3cret-canary@example.invalid/x.git, hf:")
+    engine.load()
+    assert engine.health()["model"] == "git+https://example.invalid/x.git, hf:"
+    assert "canary" not in json.dumps(engine.health()) + "".join(capsys.readouterr())
+
+
 def test_a_failed_load_says_why(tmp_path):
     engine = Engine(str(tmp_path))
     assert engine.health() == {"status": "loading", "model": str(tmp_path), "message": "Starting", "runs_on": ""}
