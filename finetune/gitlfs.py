@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -153,9 +154,19 @@ def git(remote: Remote, *arguments: str, input: bytes = b"", index: Path | None 
     said = err.decode(errors="replace")
     lines = [line for line in said.splitlines() if re.match(r"(?:fatal|error|remote|ERROR|!| ! )", line)] or [said]
     words = plain(" ".join(dict.fromkeys(lines)).replace(str(remote.repo), "the cached repository"))
+    if re.search("corrupt|object file .* is empty|unable to read|bad object", said):
+        raise _damaged(remote)
     if re.search(PASSING_WORDS, said):
         raise Passing(f"git: {words}")
     raise UserError(f"{remote.place.ref}: git {arguments[0]} failed: {words}.{_hint(remote.place, said)}")
+
+
+def _damaged(remote: Remote) -> UserError:
+    shutil.rmtree(remote.repo, ignore_errors=True)
+    return UserError(
+        f"{remote.place.ref}: what git has here of it was damaged, by a power cut or a full disk, or is so there; it has been "
+        "removed here: run the same command again."
+    )
 
 
 def _hint(place: "Place", said: str) -> str:
@@ -229,6 +240,8 @@ def open_remote(place: "Place") -> Remote:
     repo = cache_dir() / "hub" / "git" / digest_of(place.name)[:32]
     remote = Remote(place.name, place, repo)
     with FileLock(f"{repo}.lock"):
+        for left in repo.glob("*.lock"):  # git's own, of one that was killed: ours is held
+            left.unlink(missing_ok=True)
         if not (repo / "HEAD").is_file():
             repo.mkdir(parents=True, exist_ok=True)
             git(remote, "init", "--quiet", "--bare", "--template=")
@@ -307,7 +320,8 @@ def _fetch(remote: Remote, commit: str) -> None:
         git(remote, "cat-file", "-e", f"{commit}^{{tree}}")
         return
     except UserError:
-        pass
+        if not remote.repo.is_dir():  # it was damaged
+            raise
     fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head", "--", remote.url, commit)
     transfer.patiently(lambda: git(remote, *fetch), f"{remote.place.ref} at {plain(remote.url)}")
 
@@ -352,7 +366,7 @@ def _tree(remote: Remote, commit: str) -> dict[str, File]:
             if len(entries) > MOST_FILES:
                 raise UserError(f"{remote.place.ref} has more than {MOST_FILES} files, which is refused.")
         if process.wait():
-            raise UserError(f"{remote.place.ref}: git cannot read the tree of {commit}: it is broken.")
+            raise _damaged(remote)
     finally:
         process.kill()
         process.stdout.close()  # type: ignore[union-attr]

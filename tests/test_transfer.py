@@ -416,6 +416,25 @@ def test_a_killed_publish_goes_on(kind, request, world, big, monkeypatch):
     assert tree(hub.pull(ref)) == wanted(files)
 
 
+def test_what_a_power_cut_left_of_our_repository(server, world, package):
+    """git's own locks, and objects without their bytes; what is published next needs the commit before."""
+    ref = f"git+file://{server.make('user/x')}"
+    hub.publish(ref, package, "x")
+    (repo,) = (f.parent for f in (world / "cache" / "hub" / "git").glob("*/HEAD"))
+    for name in ("index.lock", "shallow.lock", "config.lock"):
+        (repo / name).touch()
+    more = with_manifest({n: s for n, s in package.items() if n not in ("manifest.json", "README.md")})
+    hub.publish(ref, more, "x")
+    for file in (repo / "objects").rglob("*"):
+        if file.is_file():
+            file.chmod(0o644)
+            os.truncate(file, 0)
+    with pytest.raises(UserError, match=r"was damaged, .* removed here: run the same command again"):
+        hub.publish(ref, package, "x")
+    hub.publish(ref, package, "x")
+    assert tree(hub.pull(ref)) == wanted(package)
+
+
 def test_a_killed_copy_to_a_folder_goes_on(world, big):
     (world / "stick" / ".namesake").mkdir(parents=True)
     source = big["model.safetensors"]
