@@ -68,7 +68,7 @@ class Engine:
         self.ref, self.adapter = model, adapter
         self.status, self.message, self.progress, self.runs_on = "loading", "Starting", "", ""
         self.began = time.monotonic()
-        self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
+        self.name = assistant_name(Path(model)) or Path(without_user(model).partition(",")[0]).name or model
         self.context = 0  # tokens; 0: unknown
         self.base = False  # whether the base can answer too
         self.folder: Path | None = None  # the model's, once it is here

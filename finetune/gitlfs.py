@@ -48,6 +48,7 @@ PASSING_WORDS = (
     "Couldn't connect|Connection refused|unexpected disconnect|too short|transfer closed|Empty reply|SSL_ERROR_SYSCALL|"
     "cannot lock ref|fetch first|non-fast-forward|inflate"
 )
+DAMAGE = "object file .* is empty|object [0-9a-f]{40} .*is corrupt|unable to read [0-9a-f]{40}|bad object [0-9a-f]{40}"
 
 
 class File(NamedTuple):
@@ -154,7 +155,7 @@ def git(remote: Remote, *arguments: str, input: bytes = b"", index: Path | None 
     said = err.decode(errors="replace")
     lines = [line for line in said.splitlines() if re.match(r"(?:fatal|error|remote|ERROR|!| ! )", line)] or [said]
     words = plain(" ".join(dict.fromkeys(lines)).replace(str(remote.repo), "the cached repository"))
-    if re.search("corrupt|object file .* is empty|unable to read|bad object", said):
+    if re.search(DAMAGE, said):
         raise _damaged(remote)
     if re.search(PASSING_WORDS, said):
         raise Passing(f"git: {words}")

@@ -96,8 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(first)
             while chunk := file.read(1 << 18):
+                self.server.sent[path.name] += len(chunk)  # before: whoever has it all may look at once
                 self.wfile.write(chunk)
-                self.server.sent[path.name] += len(chunk)
         return None
 
     def receive_file(self, path: Path):
