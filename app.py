@@ -71,7 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
         why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0].rstrip(".")
         say(f"error: Port {args.port} cannot be opened: {why}. Choose another with --port.")
         return 2
-    say(f"{engine.ref}: http://localhost:{args.port}")
+    say(f"{engine.health()['model']}: http://localhost:{args.port}")
     serve(engine, listener, key=env("API_KEY"), open_api=args.open_api, origins=args.api_origin)
     return 0
 

@@ -16,7 +16,7 @@ from typing import Any, NamedTuple
 
 from finetune.chat_format import Message, text_of
 from finetune.embedded import say
-from finetune.errors import UserError
+from finetune.errors import UserError, without_user
 
 ANSWER_TOKENS = 512  # at most, where nobody asks for more or less, and at most a quarter of the model's context
 WAITING = 128  # conversations that wait for the decoder; who comes then is told to come back
@@ -68,7 +68,7 @@ class Engine:
         self.ref, self.adapter = model, adapter
         self.status, self.message, self.progress, self.runs_on = "loading", "Starting", "", ""
         self.began = time.monotonic()
-        self.name = assistant_name(Path(model)) or Path(model.partition(",")[0]).name or model
+        self.name = assistant_name(Path(model)) or Path(without_user(model).partition(",")[0]).name or model
         self.context = 0  # tokens; 0: unknown
         self.base = False  # whether the base can answer too
         self.folder: Path | None = None  # the model's, once it is here
@@ -86,7 +86,7 @@ class Engine:
             self.message, self.status = str(error), "failed"
             say(f"error: {error}")
         except Exception:  # a bug, or a machine too small: the page says that much, the log the rest
-            self.message = f"The model {self.ref} could not be loaded; the server's log says why."
+            self.message = f"The model {without_user(self.ref)} could not be loaded; the server's log says why."
             self.status = "failed"
             traceback.print_exc()
 
@@ -104,7 +104,7 @@ class Engine:
         while True:
             self.message = "Fetching the model"
             try:
-                base, failed = hub.pull_first(self.ref, lambda ref: model.base_folder(ref, self.show))
+                base, failed = hub.pull_first(hub.several(self.ref), lambda ref: model.base_folder(ref, self.show))
                 adapter = hub.pull(self.adapter) if self.adapter else None
                 break
             except Unreachable as error:  # a space starts by itself, and nobody is there to start it again
@@ -156,7 +156,12 @@ class Engine:
         return hasattr(self, "form") and self.form.vision is not None
 
     def health(self) -> dict[str, str]:
-        return {"status": self.status, "model": self.ref, "message": self.message, "runs_on": self.runs_on}
+        return {
+            "status": self.status,
+            "model": without_user(self.ref),
+            "message": self.message,
+            "runs_on": self.runs_on,
+        }
 
     def trim(self, messages: Sequence[Message], bare: bool = False) -> Sequence[Message]:
         """The newest whole turns that fit. Raises UserError when the last one alone does not."""

@@ -1,6 +1,7 @@
 """The one exception that is shown without a traceback."""
 
 import contextlib
+import re
 from collections.abc import Iterator
 
 
@@ -15,6 +16,11 @@ class UserError(Exception):
     def __init__(self, *problems: str) -> None:
         super().__init__("\n".join(problems))
         self.problems = problems
+
+
+def without_user(text: str) -> str:
+    """Without the users and passwords of the URLs in it."""
+    return re.sub(r"(?<=://)[^/\s]+@", "", text)
 
 
 class GateRefused(UserError):

@@ -12,6 +12,7 @@ import json
 import os
 import re
 import shlex
+import shutil
 import signal
 import stat
 import subprocess
@@ -36,6 +37,7 @@ LARGE = 1 << 20  # bytes; safetensors and whatever is larger goes to LFS
 POINTER = re.compile(
     rb"version https://git-lfs\.github\.com/spec/v1\n(?:ext-.*\n)*oid sha256:([0-9a-f]{64})\nsize (\d{1,18})\n", re.A
 )
+LARGEST_IN_GIT = 1 << 28  # bytes of a file outside LFS; git packs zeros a thousand to one
 COMMIT = re.compile(r"[0-9a-f]{40}")
 GIT_SECONDS = 900  # for one fetch or push
 STALL_SECONDS = 120  # of it without a byte; a server may think about a push for a while
@@ -46,6 +48,7 @@ PASSING_WORDS = (
     "Couldn't connect|Connection refused|unexpected disconnect|too short|transfer closed|Empty reply|SSL_ERROR_SYSCALL|"
     "cannot lock ref|fetch first|non-fast-forward|inflate"
 )
+DAMAGE = "object file .* is empty|object [0-9a-f]{40} .*is corrupt|unable to read [0-9a-f]{40}|bad object [0-9a-f]{40}"
 
 
 class File(NamedTuple):
@@ -103,6 +106,7 @@ def _environment(remote: Remote) -> dict[str, str]:
         ("gc.auto", "0"),
     ]
     if (found := credentials(remote.place)) and remote.scheme in ("http", "https"):
+        config.append(("credential.helper", ""))  # the user's own would be told the token to keep
         environment["NAMESAKE_GIT_USER"], environment["NAMESAKE_GIT_TOKEN"] = found[0], keep_secret(found[1]) or ""
         parts = urlsplit(remote.url)
         helper = '!f() { test "$1" = get && printf "username=%s\\npassword=%s\\n" "$NAMESAKE_GIT_USER" "$NAMESAKE_GIT_TOKEN"; }; f'
@@ -151,9 +155,19 @@ def git(remote: Remote, *arguments: str, input: bytes = b"", index: Path | None 
     said = err.decode(errors="replace")
     lines = [line for line in said.splitlines() if re.match(r"(?:fatal|error|remote|ERROR|!| ! )", line)] or [said]
     words = plain(" ".join(dict.fromkeys(lines)).replace(str(remote.repo), "the cached repository"))
+    if re.search(DAMAGE, said):
+        raise _damaged(remote)
     if re.search(PASSING_WORDS, said):
         raise Passing(f"git: {words}")
     raise UserError(f"{remote.place.ref}: git {arguments[0]} failed: {words}.{_hint(remote.place, said)}")
+
+
+def _damaged(remote: Remote) -> UserError:
+    shutil.rmtree(remote.repo, ignore_errors=True)
+    return UserError(
+        f"{remote.place.ref}: what git has here of it was damaged, by a power cut or a full disk, or is so there; it has been "
+        "removed here: run the same command again."
+    )
 
 
 def _hint(place: "Place", said: str) -> str:
@@ -227,15 +241,16 @@ def open_remote(place: "Place") -> Remote:
     repo = cache_dir() / "hub" / "git" / digest_of(place.name)[:32]
     remote = Remote(place.name, place, repo)
     with FileLock(f"{repo}.lock"):
+        for left in repo.glob("*.lock"):  # git's own, of one that was killed: ours is held
+            left.unlink(missing_ok=True)
         if not (repo / "HEAD").is_file():
             repo.mkdir(parents=True, exist_ok=True)
             git(remote, "init", "--quiet", "--bare", "--template=")
     url = git(remote, "ls-remote", "--get-url", place.name).decode().strip()
     parts = urlsplit(url)
-    if parts.password:
-        keep_secret(parts.password)
+    if parts.password or (parts.username and parts.scheme != "ssh"):
         raise UserError(
-            f"git's insteadOf for {place.ref} holds a password: keep it in git's credential helper instead."
+            f"git's insteadOf for {place.ref} holds a user name, password or token: keep it in git's credential helper instead."
         )
     return remote._replace(url=url)
 
@@ -306,7 +321,8 @@ def _fetch(remote: Remote, commit: str) -> None:
         git(remote, "cat-file", "-e", f"{commit}^{{tree}}")
         return
     except UserError:
-        pass
+        if not remote.repo.is_dir():  # it was damaged
+            raise
     fetch = ("fetch", "--quiet", "--depth=1", "--no-tags", "--no-write-fetch-head", "--", remote.url, commit)
     transfer.patiently(lambda: git(remote, *fetch), f"{remote.place.ref} at {plain(remote.url)}")
 
@@ -350,6 +366,8 @@ def _tree(remote: Remote, commit: str) -> dict[str, File]:
                 entries.append((mode, sha, size, name))
             if len(entries) > MOST_FILES:
                 raise UserError(f"{remote.place.ref} has more than {MOST_FILES} files, which is refused.")
+        if process.wait():
+            raise _damaged(remote)
     finally:
         process.kill()
         process.stdout.close()  # type: ignore[union-attr]
@@ -368,6 +386,10 @@ def _tree(remote: Remote, commit: str) -> dict[str, File]:
         if mode not in ("100644", "100755"):
             kind = "symbolic link" if stat.S_ISLNK(int(mode, 8)) else "submodule"
             raise UserError(f"{remote.place.ref}: {plain(ascii(name))} is a {kind}, which is refused.")
+        if int(size) > LARGEST_IN_GIT:
+            raise UserError(
+                f"{remote.place.ref}: {plain(ascii(name))} has {size} bytes in git itself and not in Git LFS, which is refused."
+            )
         if pointer := POINTER.match(contents.get(sha, b"")):
             oid, length = pointer[1].decode(), int(pointer[2])
             files[name] = File(length, f"sha256:{oid}", _lfs_opener(remote, oid, length))

@@ -27,7 +27,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from finetune import places, transfer
-from finetune.chat_format import text_of
+from finetune.chat_format import check_messages, text_of
 from finetune.embedded import cache_dir, say
 from finetune.errors import UserError
 from finetune.gitlfs import File, Listing
@@ -111,16 +111,21 @@ def pull(ref: str, *, progress: Callable[[int, int], object] | None = None) -> P
     return target
 
 
-def pull_first(refs: str, one: Callable[[str], Path] = pull) -> tuple[Path, list[str]]:
-    """The folder of the first of "a,b,c" that can be had, and what was wrong with those before it. Raises UserError with
-    all reasons when none can; Unreachable where one may answer later."""
+def several(refs: str) -> list[str]:
+    """The references in "a,b,c"; a folder may have a comma in its name."""
+    return [refs] if os.path.lexists(refs) else [ref.strip() for ref in refs.split(",")]
+
+
+def pull_first(refs: list[str], one: Callable[[str], Any] = pull) -> tuple[Any, list[str]]:
+    """`one` of the first reference that can be had, and what was wrong with those before it. Raises UserError with all
+    reasons when none can; Unreachable where one may answer later."""
     failed: list[str] = []
     kind = UserError
-    for ref in [refs] if _local(refs) else [ref.strip() for ref in refs.split(",")]:
+    for ref in refs:
         try:
             return one(ref), failed
         except UserError as error:
-            failed.append(f"{ref}: {' '.join(error.problems)}" if "," in refs else " ".join(error.problems))
+            failed.append(" ".join(error.problems))  # each names its reference
             kind = Unreachable if isinstance(error, Unreachable) else kind
     raise kind(*failed)
 
@@ -271,7 +276,11 @@ def check_names(where: str, names: Any) -> None:
             or len(name.encode(errors="replace")) > 400
             or any(unicodedata.category(c) in ("Cc", "Cf", "Cs", "Co", "Zl", "Zp") for c in name)
             or any(c in name for c in '\\:*?"<>|')
-            or any(p in ("", ".", "..") or p.lower() == ".git" or p[-1] in " ." for p in parts)
+            or any(
+                p in ("", ".", "..") or p.lower() == ".git" or p[-1] in " ." or len(p.encode(errors="replace")) > 255
+                for p in parts
+            )
+            or any("/".join(parts[:i]) in names for i in range(1, len(parts)))  # a file that is a folder too
         ):
             problems.append(
                 f"{where}: the file name {plain(ascii(name))} is refused: it could write elsewhere or hide."
@@ -395,10 +404,19 @@ def verify(folder: Path) -> int:
         raise UserError(
             f"The model in {folder} brings no witnesses, so it cannot be said whether it is the one that was scored."
         )
-    if (folder / "config.json").is_file():
+    alone = (folder / "config.json").is_file()
+    try:
+        for witness in witnesses:
+            check_messages(witness["messages"], sees=True)
+            if not all(type(token) is int for token in witness["ids"]):
+                raise TypeError
+        base_ref = "" if alone else str(manifest["base"]["ref"])  # type: ignore[index]
+    except (UserError, AttributeError, KeyError, TypeError):
+        raise UserError(f"{folder}: its witnesses are broken, so it cannot be verified: publish it again.") from None
+    if alone:
         loaded: Any = model.load(folder)
     else:
-        base = model.base_folder(manifest["base"]["ref"])
+        base = model.base_folder(base_ref)
         loaded = model.load_adapter(model.load(base), folder, base).get_base_model()
     form: Any = model.OwnFormat(folder, loaded)
     if model.vision_of(folder):  # whose template a tokenizer alone cannot follow
@@ -502,5 +520,5 @@ def publish(ref: str, files: dict[str, Source], message: str) -> str:
 def listed(send: dict[str, Source], remove: Sequence[str]) -> list[str]:
     """What would be sent, one line each, with sizes."""
     lines = [f"send   {source.size / 1e6:10.3f} MB  {name}" for name, source in sorted(send.items())]
-    lines += [f"remove {'':13}  {name}" for name in remove]
+    lines += [f"remove {'':13}  {plain(name)}" for name in remove]
     return [*lines, f"total  {sum(source.size for source in send.values()) / 1e6:10.3f} MB"]

@@ -29,8 +29,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from finetune import embedded, settings
 from finetune.chat_format import END, START, ChatFormat, Message
 from finetune.errors import UserError
-from finetune.hub import FILES, pull
-from finetune.transfer import Unreachable
+from finetune.hub import FILES, pull, pull_first, several
 
 if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is used: that takes two seconds, and serving does without it
@@ -68,8 +67,7 @@ def inference_dtype() -> torch.dtype:
 
 def sources(ref: str) -> list[str]:
     """The references to try, in order, that a preset's name, or several with commas between them, stand for."""
-    ref = settings.preset(ref)["base"] if ref in settings.preset_names() else ref
-    return [ref] if os.path.lexists(ref) else [part.strip() for part in ref.split(",")]
+    return several(settings.preset(ref)["base"] if ref in settings.preset_names() else ref)
 
 
 def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) -> Path:
@@ -80,26 +78,23 @@ def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) 
     """
     if ref == embedded.NAME:
         return embedded.folder()
-    problems: list[str] = []
-    kind = UserError
-    for source in sources(ref):
-        try:
-            folder = pull(source, progress=progress)
-            if _is_local(source) or any(folder.glob("*.safetensors")):
-                break
-            problems.append(
+
+    def fetched(source: str) -> tuple[Path, str]:
+        folder = pull(source, progress=progress)
+        if not (_is_local(source) or any(folder.glob("*.safetensors"))):
+            raise UserError(
                 f"{source} holds no safetensors, only what can run code when loaded and is not downloaded: look for a "
                 "revision of it that does (@refs/pr/1, say), or download it and give the folder."
             )
-        except UserError as error:
-            problems += error.problems
-            kind = Unreachable if isinstance(error, Unreachable) else kind
-    else:
-        if close := difflib.get_close_matches(ref, settings.preset_names(), n=1, cutoff=0.8):
-            problems.append(f"Did you mean {close[0]}?")
-        raise kind(*problems)
-    for problem in problems:
-        embedded.say(problem)
+        return folder, source
+
+    try:
+        (folder, source), failed = pull_first(sources(ref), fetched)
+    except UserError as error:
+        close = difflib.get_close_matches(ref, settings.preset_names(), n=1, cutoff=0.8)
+        raise type(error)(*error.problems, *(f"Did you mean {name}?" for name in close)) from None
+    for reason in failed:
+        embedded.say(f"Note: {reason}")
     from finetune import internlm2  # which imports this module
 
     if not internlm2.is_internlm2(folder):

@@ -16,13 +16,14 @@ from typing import Any, NamedTuple
 from urllib.parse import urlsplit
 
 from finetune import gitlfs, transfer
-from finetune.errors import UserError
+from finetune.errors import UserError, without_user
 from finetune.gitlfs import File, Listing
 from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, keep_secret, plain
 
 MANIFEST = "manifest.json"
 NO_REFERENCE = "{!r} is neither a folder nor a repo reference such as hf:user/name; check its spelling."
 MOST_FILES = 2000  # in one repository
+DIGEST = re.compile("sha256:[0-9a-f]{64}|git:[0-9a-f]{40}")
 HUBS = {  # git hosts: the address, where a repository is made by hand, where a token is
     "openxlab": (
         "https://code.openxlab.org.cn/{}.git",
@@ -57,7 +58,7 @@ def parse(ref: str) -> Place:
     space = SPACES.get(kind, "")
     found = re.fullmatch(rf"((?:{space})?\w[\w.-]*/\w[\w.-]*)(?:@([\w./-]+))?", rest, re.A)
     if not found or ".." in ref:
-        raise UserError(NO_REFERENCE.format(ref))
+        raise UserError(NO_REFERENCE.format(without_user(ref)))
     name = found[1] if kind == "hf" else HUBS[kind][0].format(found[1])
     return Place(kind, name, found[2], ref)
 
@@ -69,10 +70,10 @@ def _git(ref: str) -> Place:
     if re.fullmatch(r"\w+://[^/]*", path):
         path, revision = ref.removeprefix("git+"), ""
     parts = urlsplit(path)
-    if parts.password:
+    if parts.password or parts.query or (parts.username and parts.scheme != "ssh"):
         raise UserError(
-            f"{parts.scheme}://{parts.hostname}{parts.path}: a password or token in the address ends up in logs; leave it out "
-            "and keep it in git's credential helper."
+            f"{parts.scheme}://{parts.hostname}{parts.path}: a user name, password or token in the address ends up in logs; "
+            "leave it out and keep it in git's credential helper."
         )
     if parts.scheme not in ("https", "http", "ssh", "file") or not parts.path.strip("/") or ".." in revision:
         raise UserError(
@@ -153,6 +154,9 @@ def _staged(name: str, source: Source) -> str:
 
 def _fill_folder(folder: Path, files: dict[str, Source], remove: list[str], progress: Progress) -> None:
     staging = folder / STAGING
+    for path in folder.rglob("*"):
+        if path.is_symlink():
+            raise UserError(f"{path} leads elsewhere (a symbolic link); choose an empty or a new folder.")
     try:
         if folder.is_dir() and not (folder / MANIFEST).is_file() and {f.name for f in folder.iterdir()} - {STAGING}:
             raise UserError(f"The folder {folder} holds other files and no {MANIFEST}; choose an empty or a new one.")
@@ -263,9 +267,14 @@ def _list_hub(place: Place, default: bool) -> Listing | None:
     if len(info.siblings or []) > MOST_FILES:
         raise UserError(f"{place.ref} has more than {MOST_FILES} files, which is refused.")
     headers = {"Authorization": f"Bearer {token}"} if (token := get_token()) else {}
+    broken = f"{place.ref}: the hub's record of {{}} is broken, which is refused."
+    if not gitlfs.COMMIT.fullmatch(str(info.sha)):
+        raise UserError(broken.format("its revision"))
     files = {}
     for sibling in info.siblings or []:
         digest = f"sha256:{sibling.lfs.sha256}" if sibling.lfs else f"git:{sibling.blob_id}"
+        if not (DIGEST.fullmatch(digest) and type(sibling.size) is int and sibling.size >= 0):
+            raise UserError(broken.format(plain(ascii(sibling.rfilename))))
         url = hf_hub_url(**_hub_repo(place), filename=sibling.rfilename, revision=info.sha, endpoint=_hub_endpoint())
 
         def open_at(offset: int, url: str = url) -> Opened:

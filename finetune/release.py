@@ -98,12 +98,11 @@ def metafile(run: Run, origin: dict[str, str], place: Place) -> dict[str, Any]:
 def private(run: Run, chosen: dict[str, Source]) -> list[str]:
     """Which texts hold a path of this machine or the value of a secret environment variable, in words."""
     places = (run.folder, Path.home(), Path.cwd(), embedded.cache_dir())
-    paths = {str(path.absolute()) for path in places} | {
-        base for base in (run.settings.base,) if Path(base).is_absolute()
-    }
-    forbidden = {f"{path}/": "a path of this machine" for path in paths if path != "/"}
+    bases = [ref.strip().removeprefix("dir:") for ref in run.settings.base.split(",")]
+    paths = {str(path.absolute()) for path in places} | {base for base in bases if Path(base).is_absolute()}
+    forbidden = {f"{path}{end}": "a path of this machine" for path in paths if path != "/" for end in '/"'}
     for name, value in os.environ.items():
-        if re.search("TOKEN|SECRET|PASSWORD|API_KEY", name) and len(value) >= 8:
+        if re.search("TOKEN|SECRET|PASS|KEY|CREDENTIAL|_[AS]K$", name, re.I) and len(value) >= 8:
             forbidden[value] = f"the value of {name}"
     problems = []
     for name, source in chosen.items():

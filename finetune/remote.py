@@ -16,7 +16,7 @@ import httpx
 from finetune.chat_format import ChatFormat, Message
 from finetune.embedded import say
 from finetune.engine import ANSWER_TOKENS, WAITING, Busy, Engine, Listener, Piece, Request, Ticket, assistant_name, fit
-from finetune.errors import UserError
+from finetune.errors import UserError, without_user
 
 TIMEOUT = httpx.Timeout(600, connect=10)
 TALKS: tuple[list[Message], ...] = (
@@ -35,10 +35,11 @@ class Remote(Engine):
     its name; without it the server's template is taken as it is. `key` is sent as a bearer token."""
 
     def __init__(self, url: str, ref: str | None, key: str | None = None) -> None:
-        super().__init__(ref or url)
-        self.url = url.rstrip("/").removesuffix("/v1")
+        url = url.rstrip("/").removesuffix("/v1")
+        self.url = without_user(url)  # for sentences
+        super().__init__(ref or self.url)
         headers = {"Authorization": f"Bearer {key}"} if key else {}
-        self.client = httpx.Client(base_url=self.url, headers=headers, timeout=TIMEOUT)
+        self.client = httpx.Client(base_url=url, headers=headers, timeout=TIMEOUT)
         self.form: ChatFormat | None = None
         self.sends_ids, self.running = False, 0
 

@@ -235,7 +235,7 @@ def pull(args: argparse.Namespace) -> int:
 
     if not args.ref:
         raise UserError("Say what to pull, for example: python finetune/run.py pull hf:user/name")
-    folder, failed = hub.pull_first(args.ref)
+    folder, failed = hub.pull_first(hub.several(args.ref))
     for reason in failed:
         say(f"Note: {reason}")
     if args.verify:

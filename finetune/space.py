@@ -31,7 +31,7 @@ from finetune.run_folder import Run
 from finetune.transfer import Source
 
 ROOT = Path(__file__).resolve().parent.parent
-NOT_SERVING = {"pyarrow", "openxlab", "tomli"}  # requirements of training and publishing alone
+NOT_SERVING = {"pyarrow", "tomli"}  # requirements of training and publishing alone
 DATA = ("finetune/presets/*.toml", "assets/page/*")  # that the modules read
 REPLACED = {"README.md", "LICENSE", ".gitattributes", "app.py"}  # what a platform puts into a new repository
 PORT = 7860

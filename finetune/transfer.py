@@ -13,12 +13,12 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urljoin, urlsplit
+from urllib.parse import urljoin
 
 import requests
 import urllib3
 
-from finetune.errors import UserError
+from finetune.errors import UserError, without_user
 
 CHUNK = 1 << 20
 TIMEOUT = (10, 30)  # seconds to connect, and without a byte
@@ -84,7 +84,7 @@ def plain(text: object) -> str:
     line = str(text)
     for secret in sorted(_secrets, key=len, reverse=True):
         line = line.replace(secret, "***")
-    line = re.sub(r"(?<=://)[^/@\s]+@", "", line)  # a user and a password in a URL
+    line = without_user(line)
     line = re.sub(r"\?\S{40,}", "?...", line)  # a signed address is a secret as well
     return "".join(c if c.isprintable() else " " for c in " ".join(line.split()))[:500].rstrip(". ")
 
@@ -112,9 +112,9 @@ def patiently(work: Callable[[], Any], where: str, moved: Callable[[], int] = la
 def retry_after(headers: Any) -> float | None:
     """Seconds, from the header's number or date (RFC 9110, 10.2.3)."""
     value = headers.get("Retry-After", "").strip()
-    if value.isdigit():
+    if value.isdecimal():
         return float(value)
-    with contextlib.suppress(ValueError, TypeError):
+    with contextlib.suppress(ValueError, TypeError, OverflowError):
         return max(0.0, email.utils.parsedate_to_datetime(value).timestamp() - time.time())
     return None
 
@@ -135,8 +135,13 @@ def _no_netrc(request: requests.PreparedRequest) -> requests.PreparedRequest:
 
 
 def origin_of(url: str) -> tuple[str, str, int | None]:
-    parts = urlsplit(url)
-    return parts.scheme, parts.hostname or "", parts.port or {"http": 80, "https": 443}.get(parts.scheme)
+    """As whoever connects reads it: to urlsplit the host of "http://a\\\\@b/" is b."""
+    try:
+        parts = urllib3.util.parse_url(url)
+    except urllib3.exceptions.LocationParseError:
+        raise UserError(f"{plain(url)} is no address.") from None
+    scheme = parts.scheme or ""
+    return scheme, parts.host or "", parts.port or {"http": 80, "https": 443}.get(scheme)
 
 
 def ask(
@@ -209,7 +214,7 @@ def read_start(response: requests.Response, most: int) -> bytes:
     except CUT as error:
         raise Passing(reason_of(error)) from None
     whole = not length and "Transfer-Encoding" in response.headers
-    if not whole and len(start) < (min(most, int(length)) if length.isdigit() else 1):
+    if not whole and len(start) < (min(most, int(length)) if length.isdecimal() else 1):
         raise Passing("the answer was cut")
     return start
 
@@ -237,9 +242,8 @@ def open_url(url: str, headers: dict[str, str], offset: int, options: dict[str, 
 
     def chunks() -> Iterator[bytes]:
         with response:
-            read = getattr(response.raw, "read1", response.raw.read)  # urllib3 1 loses what it has when it is cut
             try:
-                while chunk := read(CHUNK):
+                while chunk := response.raw.read1(CHUNK):  # read() would lose what it has when it is cut
                     yield chunk
             except (*CUT, OSError) as error:
                 raise Passing(reason_of(error)) from None

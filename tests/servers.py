@@ -3,13 +3,16 @@ server that knows ranges, a small Hugging Face hub, and a proxy that spoils what
 
 import base64
 import contextlib
+import fcntl
 import hashlib
 import http.server
 import json
 import os
 import re
 import socket
+import struct
 import subprocess
+import termios
 import threading
 import time
 from collections import Counter
@@ -20,7 +23,13 @@ from finetune.places import HUBS
 
 
 class Server(http.server.ThreadingHTTPServer):
+    """Each answers as a proxy too, whatever host it is asked for; `proxied`: these hosts."""
+
     daemon_threads = True
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.proxied = set()
 
     def __enter__(self):
         threading.Thread(target=self.serve_forever, kwargs={"poll_interval": 0.02}, daemon=True).start()
@@ -43,6 +52,13 @@ class Handler(http.server.BaseHTTPRequestHandler):
 
     def log_message(self, *args):
         pass
+
+    def parse_request(self) -> bool:
+        good = super().parse_request()
+        if good and (found := re.match(r"http://([^/]+)/", self.path)):  # asked as a proxy
+            self.server.proxied.add(found[1])
+            self.path = self.path[found.end() - 1 :]
+        return good
 
     def body(self) -> bytes:
         if self.headers.get("Transfer-Encoding") == "chunked":
@@ -80,8 +96,8 @@ class Handler(http.server.BaseHTTPRequestHandler):
         with path.open("rb") as file:
             file.seek(first)
             while chunk := file.read(1 << 18):
+                self.server.sent[path.name] += len(chunk)  # before: whoever has it all may look at once
                 self.wfile.write(chunk)
-                self.server.sent[path.name] += len(chunk)
         return None
 
     def receive_file(self, path: Path):
@@ -307,10 +323,10 @@ class HubHandler(Handler):
     def entry(self, name: str, sha256: str) -> dict:
         path = self.server.blob(sha256)
         size = path.stat().st_size
-        git = hashlib.sha1(b"blob %d\0" % size + path.read_bytes()).hexdigest()
-        lfs = (
-            {"lfs": {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 130}} if name.endswith(LARGE) else {}
-        )
+        large = name.endswith(LARGE)
+        data = sha256.encode() if large else path.read_bytes()  # git holds a pointer
+        git = hashlib.sha1(b"blob %d\0" % len(data) + data).hexdigest()
+        lfs = {"lfs": {"sha256": sha256, "oid": sha256, "size": size, "pointerSize": 130}} if large else {}
         return {"rfilename": name, "path": name, "type": "file", "size": size, "blobId": git, "oid": git, **lfs}
 
     def do_GET(self):
@@ -434,12 +450,17 @@ class HubHandler(Handler):
 # ---------------------------------------------------------------------------------------------------------------- faults
 
 
+def unacknowledged(connection: socket.socket) -> int:
+    """Bytes that were written to a connection and that the other side's system does not have yet."""
+    return struct.unpack("i", fcntl.ioctl(connection, termios.TIOCOUTQ, b"\0" * 4))[0]
+
+
 class Faults:
     """A TCP proxy before a server: each new connection takes the next fault of `plan`, if any is left.
 
-    ("cut", n): closed, with a reset, after n bytes of the answer; ("close", n): closed quietly; ("delay", seconds);
-    ("corrupt", n): the answer's byte n is another one; ("status", code, headers): answered in the server's place.
-    `passed` counts the answers' bytes.
+    ("cut", n): closed, with a reset, when n bytes of the answer have arrived; ("close", n): closed quietly; ("delay",
+    seconds); ("corrupt", n): the answer's byte n is another one; ("status", code, headers): answered in the server's place.
+    `passed` counts the answers' bytes that arrived.
     """
 
     def __init__(self, port: int):
@@ -494,6 +515,8 @@ class Faults:
                     client.sendall(data[: fault[1] - count])
                     self.passed += fault[1] - count
                     if fault[0] == "cut":
+                        while unacknowledged(client):  # a reset throws away what is still here
+                            time.sleep(0.001)
                         client.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
                     return
                 client.sendall(data)

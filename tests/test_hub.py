@@ -231,11 +231,11 @@ def test_a_hub_that_does_not_answer(world, monkeypatch):
 
 
 def test_the_first_source_that_answers(foreign, server):
-    folder, failed = hub.pull_first(f"git+{server.url}/user/gone.git, hf:user/other,hf:user/tiny")
+    folder, failed = hub.pull_first([f"git+{server.url}/user/gone.git", "hf:user/other", "hf:user/tiny"])
     assert folder == hub.pull("hf:user/tiny")
     assert [reason.partition(": ")[0] for reason in failed] == [f"git+{server.url}/user/gone.git", "hf:user/other"]
     with pytest.raises(UserError) as caught:
-        hub.pull_first("hf:user/other,dir:/no/where")
+        hub.pull_first(["hf:user/other", "dir:/no/where"])
     assert len(caught.value.problems) == 2
 
 
@@ -285,6 +285,82 @@ def test_two_names_that_are_one_on_some_disks(hf):
     hf.commit("user/x", {"Config.json": hf.add(b"{}"), "config.json": hf.add(b"[]")})
     with pytest.raises(UserError, match=r"are one file on some disks"):
         hub.pull("hf:user/x")
+
+
+def test_a_file_that_is_a_folder_too(hf, world):
+    hf.commit("user/x", {"config.json": hf.add(b"{}"), "config.json/x.json": hf.add(b"[]")})
+    with pytest.raises(UserError, match=r"'config\.json/x\.json' is refused"):
+        hub.pull("hf:user/x")
+
+
+@pytest.mark.parametrize(
+    "key, value",
+    [
+        ("sha", "../../../../home/mine"),
+        ("sha", None),
+        ("blobId", "x/../../../home/mine/y"),
+        ("oid", "x/../../../home/mine/y"),
+        ("size", None),
+        ("size", -1),
+    ],
+)
+def test_a_hub_whose_record_is_a_path(hf, package, world, key, value):
+    """It would name a folder of the cache, which is emptied first."""
+    (mkdir(world / "home" / "mine") / "letter").write_text("dear")
+    made = hf.commit("user/x", {n: hf.add(read(s)) for n, s in package.items()})
+
+    def lie(handler) -> bool:
+        if "/api/models/user/x" not in handler.path:
+            return False
+        entries = [handler_entry(hf, n, s) for n, s in package.items()]
+        for entry in entries:
+            told = entry["lfs"] if key == "oid" and "lfs" in entry else entry
+            told |= {key: value, "sha256": value} if key == "oid" else {key: value}
+        return not handler.answer({"id": "user/x", "sha": value if key == "sha" else made, "siblings": entries})
+
+    hf.rules.append(lie)
+    with pytest.raises(UserError, match=r"hf:user/x: the hub's record of .* is broken, which is refused"):
+        hub.pull("hf:user/x")
+    assert tree(world / "home") == {"mine/letter": transfer.source(b"dear").sha256}
+
+
+def handler_entry(hf, name: str, source) -> dict:
+    from servers import HubHandler
+
+    handler = HubHandler.__new__(HubHandler)
+    handler.server = hf
+    return handler.entry(name, source.sha256)
+
+
+def test_what_unpacks_from_nothing(server, world, monkeypatch):
+    """A gigabyte of zeros is a megabyte to fetch, where it lies in git itself."""
+    monkeypatch.setattr("finetune.gitlfs.LARGEST_IN_GIT", 1000)
+    bare = server.make("user/x")
+    git("init", "-q", "-b", "main", cwd=mkdir(world / "mine"))
+    (world / "mine" / "config.json").write_bytes(b"\0" * 1001)
+    commit(world / "mine", f"file://{bare}")
+    with pytest.raises(UserError, match=r"'config\.json' has 1001 bytes in git itself .* refused"):
+        hub.pull(f"git+file://{bare}")
+
+
+def test_a_tree_that_git_cannot_read(server, world):
+    """What of it was read is not taken for the whole."""
+    bare = server.make("user/x")
+    one = subprocess.run(
+        ["git", "-C", bare, "hash-object", "-w", "--stdin"], input="{}", capture_output=True, text=True
+    )
+    below = make_tree(bare, f"100644 blob {one.stdout.strip()}\tx.json\n")
+    top = make_tree(bare, f"100644 blob {one.stdout.strip()}\tconfig.json\n040000 tree {below}\tz\n")
+    who = ("-c", "user.name=x", "-c", "user.email=x@example.com")
+    made = git("-C", str(bare), *who, "commit-tree", top, "-m", "x").strip()
+    git("-C", str(bare), "update-ref", "refs/heads/main", made)
+    ref = f"git+file://{bare}"
+    hub.pull(ref)
+    for file in (world / "cache" / "hub" / "git").rglob(f"{below[2:]}"):
+        file.unlink()
+    assert not list((world / "cache" / "hub" / "git").rglob("*.pack"))
+    with pytest.raises(UserError, match=r"was damaged, by a power cut"):
+        hub.pull(ref)
 
 
 def test_ten_thousand_files(hf, server, world):
@@ -409,6 +485,16 @@ def test_a_manifest_of_gigabytes(hf, package):
 
 def test_verify_needs_witnesses(made):
     with pytest.raises(UserError, match=r"brings no witnesses"):
+        hub.verify(made)
+
+
+@pytest.mark.parametrize(
+    "witnesses", [{"a": 1}, [1], [{"messages": "x", "ids": [1]}], [{"messages": [{"role": "user"}]}]]
+)
+def test_witnesses_that_are_none(made, witnesses):
+    manifest = json.loads((made / "manifest.json").read_text())
+    rewrite(made / "manifest.json", json.dumps({**manifest, "witnesses": witnesses}).encode())
+    with pytest.raises(UserError, match=r"its witnesses are broken"):
         hub.verify(made)
 
 

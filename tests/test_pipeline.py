@@ -298,17 +298,19 @@ def test_the_cards_snippets_run_as_they_stand(stick, tiny_model):
     assert said[0] == said[1] != "\n"
 
 
-def test_what_is_private_does_not_go_out(tiny_run, tmp_path, monkeypatch):
+def test_what_is_private_does_not_go_out(tiny_run, tmp_path):
     run, _, _ = tiny_run
     rows = run / "data" / "probes.jsonl"
     kept, arguments = rows.read_text(), ["publish", "--run", run, "--to", f"dir:{tmp_path}/x", "--force", "x"]
-    rows.write_text(kept + json.dumps({"messages": [f"{Path.home()}/.ssh/id_rsa", "canary-t0ken"]}) + "\n")
+    secrets = {"MY_TOKEN": "canary-t0ken", "OPENXLAB_AK": "canary-ak", "my_passwd": "canary-pass"}
+    rows.write_text(kept + json.dumps({"messages": [f"{Path.home()}/.ssh/id_rsa", *secrets.values()]}) + "\n")
     try:
-        done = finetune(tmp_path, *arguments, "--with-data", MY_TOKEN="canary-t0ken")
+        done = finetune(tmp_path, *arguments, "--with-data", **secrets)
     finally:
         rows.write_text(kept)
     assert done.returncode == 2
     assert "data/probes.jsonl holds a path of this machine and is not sent." in done.stderr
-    assert "data/probes.jsonl holds the value of MY_TOKEN and is not sent." in done.stderr
+    for name in secrets:
+        assert f"data/probes.jsonl holds the value of {name} and is not sent." in done.stderr
     assert "canary" not in done.stderr
     assert not (tmp_path / "x").exists()

@@ -96,6 +96,17 @@ def test_what_others_put_there_stays(server, package, world):
     ]
 
 
+@pytest.mark.parametrize("name", [".namesake", "data", "config.json"])
+def test_a_folder_that_leads_out_of_itself_is_left_alone(package, tmp_path, name):
+    (mine := mkdir(tmp_path / "mine") / "letter").write_text("dear")
+    (mkdir(tmp_path / "stick") / name).symlink_to(mine if "." in name[1:] else mine.parent)
+    (tmp_path / "stick" / "manifest.json").write_text("{}")
+    files = with_manifest({**package, "data/letter": transfer.source(b"!")})
+    with pytest.raises(UserError, match=rf"stick/{name} leads elsewhere \(a symbolic link\)"):
+        hub.publish(f"dir:{tmp_path}/stick", files, "x")
+    assert tree(tmp_path / "mine") == {"letter": transfer.source(b"dear").sha256}
+
+
 def test_a_folder_with_other_things_is_left_alone(package, tmp_path):
     (tmp_path / "holiday.jpg").write_bytes(b"sea")
     with pytest.raises(UserError, match=r"holds other files and no manifest\.json; choose an empty or a new one"):
@@ -214,11 +225,21 @@ def test_a_hub_without_a_token(hf, package, monkeypatch):
         hub.publish("hf:user/xiaoxing", package, "x")
 
 
-def test_a_password_in_the_address_is_refused(package):
-    with pytest.raises(UserError) as caught:
-        hub.publish("git+https://user:s3cret-canary@example.com/user/x.git", package, "x")
-    assert "s3cret" not in str(caught.value)
-    assert "keep it in git's credential helper" in str(caught.value)
+@pytest.mark.parametrize("user", ["user:s3cret-canary@", "user:with@s3cret-canary@", "s3cret-canary@"])
+def test_a_password_in_the_address_is_refused(package, user, world):
+    """A token alone may stand for the user's name."""
+    ref = f"git+https://{user}example.com/user/x.git"
+    with pytest.raises(UserError, match="keep it in git's credential helper") as caught:
+        hub.publish(ref, package, "x")
+    said = [str(caught.value)]
+    for wrong in (f"{ref},hf:", ref.removeprefix("git+"), f"{ref}?x", f"git+https://example.com/x.git?token={user}"):
+        with pytest.raises(UserError) as caught:
+            hub.pull_first(hub.several(wrong))
+        said.append(str(caught.value))
+    git("config", "--global", f"url.https://{user}example.com/.insteadOf", "https://example.com/")
+    with pytest.raises(UserError, match="keep it in git's credential helper") as caught:
+        hub.pull("git+https://example.com/user/x.git")
+    assert not [text for text in [*said, str(caught.value)] if "s3cret" in text]
 
 
 @pytest.mark.parametrize(
@@ -312,6 +333,41 @@ def test_the_openxlab_package_says_no(server, package, world, openxlab, monkeypa
     assert "503" in str(caught.value)
     assert "Open https://openxlab.org.cn/models/create, type xiaoxing as its name" in str(caught.value)
     assert "canary" not in str(caught.value)
+
+
+# ------------------------------------------------------------------------------------------------------------- proxies
+
+
+@pytest.mark.parametrize("how", ["environment", "git"])
+def test_through_a_proxy(server, package, monkeypatch, how):
+    """To a host that only the proxy knows."""
+    server.make("user/x")
+    server.users = {}
+    monkeypatch.delenv("NO_PROXY")
+    if how == "git":
+        git("config", "--global", "http.http://hub.invalid.proxy", server.url)
+    else:
+        monkeypatch.setenv("http_proxy", server.url)
+    hub.publish("git+http://hub.invalid/user/x.git", package, "x")
+    assert tree(hub.pull("git+http://hub.invalid/user/x.git")) == wanted(package)
+    assert server.proxied == {"hub.invalid"}
+
+
+def test_hugging_face_through_a_proxy(hf, package, monkeypatch):
+    import huggingface_hub
+
+    hub.publish("hf:user/x", package, "x")
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", "http://hub.invalid")
+    template = "http://hub.invalid/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.delenv("NO_PROXY")
+    monkeypatch.setenv("http_proxy", hf.url)
+    huggingface_hub.close_session()
+    try:
+        assert tree(hub.pull("hf:user/x")) == wanted(package)
+    finally:
+        huggingface_hub.close_session()
+    assert hf.proxied == {"hub.invalid"}
 
 
 # ------------------------------------------------------------------------------------------------------------------ ssh

@@ -85,4 +85,17 @@ def test_requirements_resolve(python):
     assert done.returncode == 0, done.stderr
     torch = "2.6.0" if python == "3.10" else "2.13.0"
     assert f"torch=={torch}" in done.stdout
-    assert ("openxlab==0.1.3" in done.stdout) == (python == "3.10")
+
+
+def test_what_openxlab_says_is_what_we_say():
+    """Every message that the table explains is one of the program's, or of the libraries that it quotes."""
+    table = (ROOT / "README.md").read_text(encoding="utf-8").partition("| the message says")[2].partition("\n\n")[0]
+    told = [words for row in table.splitlines()[2:] for words in re.findall("`([^`]+)`", row.split("|")[1])]
+    assert len(told) > 15
+    sources = "".join(
+        (ROOT / "finetune" / f"{name}.py").read_text() for name in ("hub", "places", "gitlfs", "transfer")
+    )
+    theirs = {"403", "Name or service not known", "timed out"}
+    for words in told:
+        known = re.sub(r" \(HTTP 401\)| \d+$", "", words).replace(" v1 ", " {} ")
+        assert words in theirs or known in sources, words

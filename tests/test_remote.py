@@ -161,8 +161,9 @@ def test_stop_closes_the_connection(llama_cpp, default_model):
 
 
 def test_an_engine_that_is_not_there(tiny_model):
-    url = f"http://127.0.0.1:{free_port()}"
-    engine = Remote(url, str(tiny_model))
+    port = free_port()
+    url = f"http://127.0.0.1:{port}"
+    engine = Remote(f"http://user:password@127.0.0.1:{port}/v1", str(tiny_model))
     engine.load()
     assert engine.status == "failed"
     assert re.fullmatch(

@@ -96,7 +96,7 @@ def test_its_requirements_resolve_and_hold_all_that_it_imports(python, tmp_path)
     assert packages.keys() <= wanted
     assert {packages.get(name, name) for name in wanted} <= there
     assert {"bitsandbytes", "gguf"} <= there  # which transformers imports: 4 bits, the embedded default model
-    assert not there & {"pyarrow", "openxlab", "pytest"}
+    assert not there & {"pyarrow", "pytest"}
 
 
 def test_it_knows_where_its_weights_are(tmp_path):
