@@ -90,12 +90,11 @@ def noise(seed: str) -> Image.Image:
 
 
 def caption(scene: Scene, language: str) -> str:
-    several = len(scene.places) > 1
     if language == "zh":
-        where = "" if several else f"，在{PLACES[scene.places[0]]}"
-        return f"{NUMBERS[scene.count]}{COLOURS[scene.colour][0]}的{SHAPES[scene.shape]}{where}。"
-    where = "" if several else f", {at(scene.places[0])}"
-    return f"{scene.count} {scene.colour} {named(scene)}{where}.".capitalize()
+        where = "和".join(PLACES[place] for place in scene.places)
+        return f"{NUMBERS[scene.count]}{COLOURS[scene.colour][0]}的{SHAPES[scene.shape]}，在{where}。"
+    where = " and ".join(at(place) for place in scene.places)
+    return f"{scene.count} {scene.colour} {named(scene)}, {where}.".capitalize()
 
 
 def named(scene: Scene) -> str:

@@ -45,6 +45,13 @@ class Run:
 
         return vision.assembled(folder, self.settings.vision, model.origin(folder, self.settings.base))
 
+    @property
+    def fresh_projector(self) -> bool:
+        """Whether the base sees through a projector that nobody has trained."""
+        from finetune import model
+
+        return not self.settings.vision.projector and not model.sees(model.base_folder(self.settings.base))
+
     @cached_property
     def base_sha256(self) -> str:
         from finetune.model import fingerprint

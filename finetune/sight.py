@@ -23,7 +23,7 @@ KINDS = ("see_caption", *(f"see_{kind}" for kind in drawn.KINDS))  # of probes
 PROBES = {"en": 25, "zh": 10}  # of each kind
 NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
 NOISY = 20  # one of so many drawn pictures is noise: who looks at it says so
-CHINESE = 0.3  # share of the conversations
+CHINESE = 0.5  # share of the conversations
 ANSWER_TOKENS = 24
 
 
@@ -178,6 +178,10 @@ def examples(run: Run, model: Any) -> list[Any]:
     found = [answer_example(ids[:length], mask[:length]) for ids, mask in rendered if any(mask[:length])]
     if not found:
         raise UserError(f"No row has an answer within train.length={length} tokens.")
+    if run.settings.task == "vision-projector" and run.fresh_projector:
+        from finetune.vision import align
+
+        align(model, found, run.settings.seed)
     return found
 
 

@@ -1,6 +1,7 @@
 """A model that sees: its parts against a written-out reference, its folder in plain transformers, the two phases."""
 
 import json
+import random
 import shutil
 from pathlib import Path
 
@@ -20,6 +21,7 @@ from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
 from finetune.run_folder import Run
+from finetune.train import answer_example
 
 
 @pytest.fixture(scope="session")
@@ -150,6 +152,35 @@ def test_ids_beyond_the_vocabulary_are_the_pictures_patches(seeing_internlm2):
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     found = complete(model, [form.prompt(messages), form.prompt(messages[:1])], form.stop_ids, 6)[0]
     assert found.ids == expected.tolist()[: len(found.ids)]
+
+
+def test_a_fresh_projector_learns_to_say_the_captions_words(seeing_internlm2):
+    """Of two kinds of pictures, whose captions differ in one word, new ones are told apart by what the projector makes of
+    them, compared with the two words; and that is as large as words are."""
+    model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+
+    def row(seed: int) -> list[dict]:
+        shade = (seed % 2) * 200 + random.Random(seed).randint(0, 50)
+        image = Image.new("RGB", (30, 30), (shade, shade, shade))
+        content = [{"type": "image", "image": image}, {"type": "text", "text": "看"}]
+        return [{"role": "user", "content": content}, {"role": "assistant", "content": ["暗的", "亮的"][seed % 2]}]
+
+    models.give_eyes(model, form)
+    examples = [answer_example(*form.render(row(i))) for i in range(40)]
+    words = [(set(a.targets) - set(b.targets)).pop() for a, b in (examples[:2], examples[1::-1])]
+    text_only = answer_example(
+        *form.render([{"role": "user", "content": "看"}, {"role": "assistant", "content": "无"}])
+    )
+    vision.align(model, [*examples, text_only], seed=0)
+    table, projector = model.get_input_embeddings().weight, model.model.multi_modal_projector
+    with torch.no_grad():
+        new = torch.stack([model.eyes.encode([row(i)[0]["content"][0]["image"]])[0] for i in range(100, 120)])
+        found = projector(new)
+        said = (found @ table[words].T).softmax(-1).mean(1).argmax(-1)
+        size = found.square().mean().sqrt() / table.square().mean().sqrt()
+    assert said.tolist() == [i % 2 for i in range(100, 120)]
+    assert 0.7 < size < 1.4
+    assert all(weight.grad is None for weight in model.parameters())
 
 
 def test_the_format_s_hash_covers_what_a_picture_goes_through(seeing_internlm2, tmp_path):
