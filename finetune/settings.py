@@ -45,6 +45,7 @@ class Train:
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
     full_learning_rate: float = 5e-5  # method full's, whose every weight moves
+    projector_rate: float = 1e-4  # of a model that sees; more undoes what it learned of the captions' words at first
     steps: int = 150  # of the identity task
     identity_rows: int = 4  # conversations of each sort in one step
     near_rows: int = 16
@@ -66,7 +67,6 @@ class Vision:
     pictures: int = 800  # drawn, where --data names none
     rows: int = 4  # captions in one step of the first phase; of the second, half as many dialogues
     steps: int = 200  # of each phase, with drawn pictures
-    projector_rate: float = 2e-3  # the learning rate of the projector alone; with the adapter it is train.learning_rate
 
 
 @dataclasses.dataclass(frozen=True)

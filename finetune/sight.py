@@ -155,14 +155,12 @@ def rows_of(run: Run) -> int:
 
 
 def planned(run: Run) -> Train:
-    """The training's settings: how many steps there are, and of phase one its own learning rate."""
+    """The training's settings with the number of steps."""
     values, rows = run.settings.train, rows_of(run)
     steps = run.settings.vision.steps
     if run.settings.data:
         count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
         steps = math.ceil(values.epochs * count / rows)
-    if run.settings.task == "vision-projector":
-        return dataclasses.replace(values, steps=steps, learning_rate=run.settings.vision.projector_rate)
     return dataclasses.replace(values, steps=steps)
 
 

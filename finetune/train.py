@@ -28,7 +28,7 @@ from finetune.checkpoint import load_checkpoint, save_checkpoint, save_whole
 from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.generation import Answer
-from finetune.model import embed, free_memory, has_fast_bf16, language_model
+from finetune.model import PROJECTOR, embed, free_memory, has_fast_bf16, language_model
 from finetune.packing import pack, packed_attention, varlen_attn
 from finetune.settings import Train
 
@@ -195,7 +195,8 @@ def train(
     accelerator = Accelerator(cpu=not torch.cuda.is_available())
     core = core_of(model)
     rate = settings.learning_rate if isinstance(model, PeftModel) else settings.full_learning_rate
-    optimizer = adamw(core, [weight for weight in model.parameters() if weight.requires_grad], rate)
+    optimizer = adamw(core, weight_groups(model, rate, settings.projector_rate))
+    rates = [group["lr"] for group in optimizer.param_groups]
     objective, optimizer = accelerator.prepare(Objective(core), optimizer, device_placement=[False, False])
     weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if develop and accelerator.distributed_type == DistributedType.FSDP:
@@ -221,9 +222,9 @@ def train(
                 continue
             if [line["dev_passed"] for line in asked(history)[-2:]] == [True, True]:
                 break
-            now = rate * schedule(step, settings.steps)
-            for group in optimizer.param_groups:
-                group["lr"] = now
+            now = schedule(step, settings.steps)
+            for group, rate in zip(optimizer.param_groups, rates, strict=True):
+                group["lr"] = now * rate
             said = sum(len(example.positions) for example in batch if example.targets is not None)
             pulled = sum(len(example.positions) for example in batch if example.targets is None)
             ce = kl = 0.0  # means over the step's tokens, in nats
@@ -242,7 +243,7 @@ def train(
             ce, kl = accelerator.reduce(torch.tensor([ce, kl], dtype=torch.float64, device=core.device)).tolist()
             tokens += sum(len(example.ids) for example in batch)
             seconds = earlier + time.perf_counter() - began
-            line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": now}
+            line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": now * rates[0]}
             line |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
             if develop and (step % settings.develop_every == 0 or step == settings.steps):
                 found = [behaviour(model, develop, autocast) if accelerator.is_main_process else None]
@@ -276,14 +277,23 @@ def core_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     return model.get_base_model() if isinstance(model, PeftModel) else model
 
 
-def adamw(core: PreTrainedModel, weights: list[Tensor], rate: float) -> torch.optim.Optimizer:
+def weight_groups(model: PeftModel | PreTrainedModel, rate: float, projector_rate: float) -> list[dict[str, Any]]:
+    """What requires gradients, each group with its learning rate: a projector's weights have one of their own."""
+    groups = {rate: [], projector_rate: []}
+    for name, weight in model.named_parameters():
+        if weight.requires_grad:
+            groups[projector_rate if PROJECTOR in name else rate].append(weight)
+    return [{"params": weights, "lr": rate} for rate, weights in groups.items() if weights]
+
+
+def adamw(core: PreTrainedModel, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
     """AdamW; on a GPU its moments in 8 bits (arXiv:2110.02861) where the weights were made small as well."""
-    small = getattr(core, "is_loaded_in_4bit", False) or any(weight.dtype != torch.float32 for weight in weights)
-    if small and core.device.type == "cuda":
+    half = any(weight.dtype != torch.float32 for group in groups for weight in group["params"])
+    if (half or getattr(core, "is_loaded_in_4bit", False)) and core.device.type == "cuda":
         from bitsandbytes.optim import AdamW8bit
 
-        return AdamW8bit(weights, lr=rate, weight_decay=0.0)
-    return torch.optim.AdamW(weights, lr=rate, weight_decay=0.0)
+        return AdamW8bit(groups, weight_decay=0.0)
+    return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
 def own_share(pieces: list[list[Example]], accelerator: Accelerator) -> Iterator[tuple[list[Example], float, bool]]:

@@ -116,7 +116,7 @@ def plain(folder: Path, length: int, steps: int) -> float:
     weights = [weight for weight in core.parameters() if weight.requires_grad]
     for weight in weights:
         weight.data = weight.data.to(torch.bfloat16)
-    optimizer = training.adamw(core, weights, 2e-4)
+    optimizer = training.adamw(core, [{"params": weights, "lr": 2e-4}])
     began = 0.0
     for step, batch in enumerate(itertools.islice(rows(core.config.vocab_size, length, length), steps)):
         if step == steps // 2:
