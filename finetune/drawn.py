@@ -90,11 +90,15 @@ def noise(seed: str) -> Image.Image:
 
 
 def caption(scene: Scene, language: str) -> str:
+    where = _where(scene, language)
     if language == "zh":
-        where = "和".join(PLACES[place] for place in scene.places)
         return f"{NUMBERS[scene.count]}{COLOURS[scene.colour][0]}的{SHAPES[scene.shape]}，在{where}。"
-    where = " and ".join(at(place) for place in scene.places)
     return f"{scene.count} {scene.colour} {named(scene)}, {where}.".capitalize()
+
+
+def _where(scene: Scene, language: str) -> str:
+    places = sorted(scene.places, key=list(PLACES).index)
+    return "和".join(PLACES[place] for place in places) if language == "zh" else " and ".join(map(at, places))
 
 
 def named(scene: Scene) -> str:
@@ -118,12 +122,13 @@ def questions(scene: Scene) -> list[dict[str, str]]:
         ("shape", "zh", "什么形状？", SHAPES[scene.shape], SHAPES[scene.shape]),
         ("count", "zh", "有几个？", NUMBERS[scene.count], NUMBERS[scene.count]),
     ]
-    if not several:
-        place = scene.places[0]
-        asked += [
-            ("position", "en", f"Where is the {things}?", at(place).capitalize(), at(place)),
-            ("position", "zh", "在哪里？", PLACES[place], PLACES[place]),
-        ]
+    where = {"en": _where(scene, "en").capitalize(), "zh": _where(scene, "zh")}
+    accept = {"en": at(scene.places[0]), "zh": PLACES[scene.places[0]]}
+    kind = "positions" if several else "position"  # of several things nobody is asked but for practice
+    asked += [
+        (kind, "en", f"Where {verb} the {things}?", where["en"], accept["en"]),
+        (kind, "zh", "在哪里？", where["zh"], accept["zh"]),
+    ]
     keys = ("kind", "lang", "question", "answer", "accept")
     return [dict(zip(keys, values, strict=True)) for values in asked]
 

@@ -45,7 +45,7 @@ class Train:
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
     full_learning_rate: float = 5e-5  # method full's, whose every weight moves
-    projector_rate: float = 1e-4  # of a model that sees; more undoes what it learned of the captions' words at first
+    projector_rate: float = 5e-4  # of a model that sees
     steps: int = 150  # of the identity task
     identity_rows: int = 4  # conversations of each sort in one step
     near_rows: int = 16

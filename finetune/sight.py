@@ -155,13 +155,14 @@ def rows_of(run: Run) -> int:
 
 
 def planned(run: Run) -> Train:
-    """The training's settings with the number of steps."""
+    """The training's settings with the number of steps; layers that stay as they are save no time, gradients go through all
+    to the projector."""
     values, rows = run.settings.train, rows_of(run)
     steps = run.settings.vision.steps
     if run.settings.data:
         count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
         steps = math.ceil(values.epochs * count / rows)
-    return dataclasses.replace(values, steps=steps)
+    return dataclasses.replace(values, steps=steps, first_layer=0)
 
 
 def examples(run: Run, model: Any) -> list[Any]:
