@@ -232,10 +232,13 @@ def test_answers_are_judged(kind, language, answer, accept, right):
 
 
 def test_what_is_asked_has_the_scene_s_answer():
-    scene = drawn.Scene("star", "green", ("top", "left"), "x")
-    assert drawn.caption(scene, "en") == "Two green stars."
-    assert drawn.caption(scene, "zh") == "两个绿色的星形。"
-    assert {q["kind"] for q in drawn.questions(scene)} == {"colour", "shape", "count"}
+    scene = drawn.Scene("star", "green", ("left", "top"), "x")
+    assert drawn.caption(scene, "en") == "Two green stars, at the top and at the left."  # in reading order
+    assert drawn.caption(scene, "zh") == "两个绿色的星形，在上方和左边。"
+    asked = {(q["kind"], q["lang"]): q for q in drawn.questions(scene)}
+    assert {kind for kind, _ in asked} == {"colour", "shape", "count", "positions"}
+    assert asked["positions", "en"]["question"] == "Where are the stars?"
+    assert asked["positions", "en"]["answer"] == "At the top and at the left"
     alone = drawn.Scene("cross", "black", ("bottom right",), "x")
     assert drawn.caption(alone, "en") == "One black cross, at the bottom right."
     asked = {(q["kind"], q["lang"]): q for q in drawn.questions(alone)}
