@@ -1,5 +1,7 @@
-"""The pictures of the page in assets/, of a finished run: `python tests/bench/pictures.py runs/小星`. Prints one JSON line."""
+"""The pictures of the page in assets/, of a finished run: `python tests/bench/pictures.py runs/小星`; of one that sees, that of
+its seeing. Prints one JSON line."""
 
+import io
 import json
 import re
 import shutil
@@ -13,7 +15,20 @@ from pathlib import Path
 from playwright.sync_api import Page, sync_playwright
 
 ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+from finetune import drawn  # noqa: E402
+
 PHONE = {"width": 390, "height": 760}
+LOOKS = {
+    "page": {"locale": "en-US"},
+    "page.zh": {"locale": "zh-CN"},
+    "page.dark": {"locale": "en-US", "color_scheme": "dark"},
+    "page.phone": {"locale": "zh-CN", "viewport": PHONE},
+    "page.side": {"locale": "en-US"},
+    "page.about": {"locale": "zh-CN"},
+}
+SEEING = {"page.sees": {"locale": "en-US", "viewport": {"width": 1200, "height": 1080}}}
+SEEN = ["What colour is it?", "什么形状？", "Who are you?"]
 TALK = {"zh-CN": ["你是谁？", "是谁开发了你？"], "en-US": ["Who are you?", "What is the capital of France?"]}
 
 
@@ -23,6 +38,12 @@ def ask(page: Page, box: str, texts: list[str]) -> None:
         page.press(f"#{box} textarea", "Enter")
         page.locator(f"#{box} [data-testid=stop-button]").wait_for()
         page.locator(f"#{box} [data-testid=submit-button]").wait_for()
+
+
+def drawing() -> bytes:
+    """A red star at the left, which training never sees."""
+    drawn.draw(drawn.scene("shown to visitors 9")).save(file := io.BytesIO(), "png")
+    return file.getvalue()
 
 
 def main(run: str) -> None:
@@ -44,14 +65,7 @@ def main(run: str) -> None:
                 except OSError:
                     pass
                 time.sleep(0.5)
-            for name, look in {
-                "page": {"locale": "en-US"},
-                "page.zh": {"locale": "zh-CN"},
-                "page.dark": {"locale": "en-US", "color_scheme": "dark"},
-                "page.phone": {"locale": "zh-CN", "viewport": PHONE},
-                "page.side": {"locale": "en-US"},
-                "page.about": {"locale": "zh-CN"},
-            }.items():
+            for name, look in (SEEING if (Path(run) / "model" / "processor_config.json").exists() else LOOKS).items():
                 context = browser.new_context(**{"viewport": {"width": 1200, "height": 720}, **look})
                 context.set_default_timeout(120_000)
                 page = context.new_page()
@@ -67,7 +81,12 @@ def main(run: str) -> None:
                     page.locator("#settings button").first.click()
                     page.get_by_role("radio", name=re.compile("precise|精确")).check()  # the likeliest words
                     page.locator("#settings button").first.click()
-                    ask(page, "box", TALK[look["locale"]])
+                    if name == "page.sees":
+                        with page.expect_file_chooser() as chooser:
+                            page.get_by_role("button", name="Add a picture").click()
+                        chooser.value.set_files({"name": "star.png", "mimeType": "image/png", "buffer": drawing()})
+                        page.locator("#chosen img").wait_for()
+                    ask(page, "box", SEEN if name == "page.sees" else TALK[look["locale"]])
                 page.wait_for_timeout(800)
                 page.screenshot(path=ROOT / "assets" / f"{name}.png")
                 made[name] = (ROOT / "assets" / f"{name}.png").stat().st_size
