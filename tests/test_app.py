@@ -1093,6 +1093,7 @@ def test_the_command(tiny_model, visit):
         assert (health["status"], health["model"]) == ("ready", str(tiny_model))
         assert re.fullmatch(r"CPU, \d+ threads, float\d+ weights.*\.", health["runs_on"])
         assert "Traceback" not in get(url)
+        page.context.close()  # an open page would complain of the server that ends
     finally:
         process.send_signal(signal.SIGINT)
         assert process.wait(PATIENCE) == 0
