@@ -8,18 +8,14 @@ found in `Pictures`: packing, prefix caching and batching then know nothing of p
     python -m finetune.vision MODEL FOLDER      the projector's weights of a model's folder, in XTuner's layout
 """
 
-import copy
 import hashlib
 import json
-import math
-import random
 import re
 import shutil
 import threading
-from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from filelock import FileLock
@@ -45,9 +41,6 @@ from finetune.chat_format import IMAGE, ChatFormat
 from finetune.errors import UserError
 from finetune.model import PREPROCESSOR, PROCESSOR
 
-if TYPE_CHECKING:
-    from finetune.train import Example
-
 # Of tokens that the vocabulary has and no conversation uses the first that is there becomes <image>, whose embedding is
 # never looked up: so the vocabulary keeps its size.
 SPARE = ("[UNUSED_TOKEN_0]", "<|image_pad|>", "<file_sep>")
@@ -55,8 +48,6 @@ CLIP_SIZES = ("size", "crop_size", "image_mean", "image_std", "resample", "resca
 STORE_BYTES = 1_000_000_000  # of pictures that visitors have sent; the oldest are forgotten
 LOCK = threading.Lock()  # visitors' pictures come from several threads
 BATCH = 16  # pictures that are encoded together
-ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 24 seconds on two cores
-ALIGN_WORDS = 1024  # at most; those that tell most apart
 PROJECTOR_NAME = re.compile(r"(?:^|\.)(?:model|mm_projector|projector|linear)[._](?:model\.)?(0|1|2)\.(weight|bias)$")
 LINEAR = {"0": "linear_1", "1": "linear_1", "2": "linear_2"}
 
@@ -188,57 +179,11 @@ def settle(model: LlavaForConditionalGeneration, vision: dict[str, Any]) -> None
     projector.linear_2.bias.zero_()
     drawings = [drawn.draw(drawn.scene(f"settle/{i}")) for i in range(BATCH)]
     words = model.get_input_embeddings().weight.float().square().mean().sqrt()
-    _as_large_as_words(projector, eyes.encode(drawings), words)
-
-
-def align(model: LlavaForConditionalGeneration, examples: "Sequence[Example]", seed: int) -> None:
-    """Train a fresh projector, in seconds and without a layer of the language model, to say a picture's words: what it makes
-    of a patch, compared with the words' embeddings, is a distribution over words, and the patches' mean of these is to
-    give the words of the caption, as topic models share them out (LDA; that pictures are told in words' embeddings is
-    AlignVLM's idea, arXiv:2502.01341). The language model then reads patches about as it reads words.
-
-    `examples` with other than one picture teach nothing here.
-    """
-    from finetune.train import LOGITS, schedule  # which imports peft: serving does without it
-
-    eyes, projector = model.eyes, copy.deepcopy(model.model.multi_modal_projector).float().requires_grad_()
-    table = model.get_input_embeddings().weight.detach()
-    size = table.float().square().mean().sqrt()
-    seen = [sorted({(i - eyes.first) // eyes.patches for i in example.ids if i >= eyes.first}) for example in examples]
-    said = [(numbers[0], set(e.targets)) for e, numbers in zip(examples, seen, strict=True) if len(numbers) == 1]
-    if not said:
-        return
-    often = Counter(word for _, words in said for word in words)
-    rare = {word: -math.log(count / len(said)) for word, count in often.items()}  # what all captions say says nothing
-    kept = sorted(often, key=lambda word: (-often[word] * rare[word], word))[:ALIGN_WORDS]
-    at = {word: i for i, word in enumerate(kept)}
-    words, weights = table[kept].float(), torch.tensor([rare[word] for word in kept], device=table.device)
-    count = min(ALIGN_PICTURES, max(1, LOGITS // (eyes.patches * len(kept))), len(said))
-    optimizer = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.0)
-    source = random.Random(seed)
-    with torch.enable_grad():
-        for step in tqdm(range(1, ALIGN_STEPS + 1), desc="Words for the projector", unit="step"):
-            chosen = source.sample(said, count)
-            features = torch.stack([eyes.features[number] for number, _ in chosen]).to(table.device)
-            found = projector(features.float())
-            found = found * size / found.square().mean(-1, keepdim=True).sqrt()  # as large as words, whatever it is
-            mean = (found @ words.T).log_softmax(-1).logsumexp(1) - math.log(eyes.patches)  # [pictures, words]
-            wanted = torch.zeros_like(mean)
-            for row, (_, own) in zip(wanted, chosen, strict=True):
-                row[[at[word] for word in own if word in at]] = 1.0
-            wanted *= weights
-            for group in optimizer.param_groups:
-                group["lr"] = ALIGN_RATE * schedule(step, ALIGN_STEPS)
-            (-(wanted * mean).sum() / wanted.sum().clamp_min(1e-6)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
-    some = torch.stack([eyes.features[number] for number, _ in said[:ALIGN_PICTURES]]).to(table.device)
-    _as_large_as_words(projector, some.float(), size)
-    model.model.multi_modal_projector.load_state_dict(projector.state_dict())
+    as_large_as_words(projector, eyes.encode(drawings), words)
 
 
 @torch.no_grad()
-def _as_large_as_words(projector: torch.nn.Module, features: Tensor, size: Tensor) -> None:
+def as_large_as_words(projector: torch.nn.Module, features: Tensor, size: Tensor) -> None:
     """Scale what the projector makes of these features to the root mean square `size`."""
     factor = size / projector(features).float().square().mean().sqrt()
     for weight in projector.linear_2.parameters():

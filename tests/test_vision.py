@@ -171,7 +171,7 @@ def test_a_fresh_projector_learns_to_say_the_captions_words(seeing_internlm2):
     text_only = answer_example(
         *form.render([{"role": "user", "content": "看"}, {"role": "assistant", "content": "无"}])
     )
-    vision.align(model, [*examples, text_only], seed=0)
+    sight.align(model, [*examples, text_only], seed=0)
     table, projector = model.get_input_embeddings().weight, model.model.multi_modal_projector
     with torch.no_grad():
         new = torch.stack([model.eyes.encode([row(i)[0]["content"][0]["image"]])[0] for i in range(100, 120)])
