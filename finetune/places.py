@@ -8,6 +8,7 @@ each but a folder with an optional @revision. hf:spaces/user/name and modelscope
 opens its files; `send` makes it hold what it is given.
 """
 
+import functools
 import json
 import re
 from collections.abc import Callable, Iterator
@@ -18,7 +19,7 @@ from urllib.parse import urlsplit
 from finetune import gitlfs, transfer
 from finetune.errors import UserError, without_user
 from finetune.gitlfs import File, Listing
-from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, keep_secret, plain
+from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, Unreachable, keep_secret, plain
 
 MANIFEST = "manifest.json"
 NO_REFERENCE = "{!r} is neither a folder nor a repo reference such as hf:user/name; check its spelling."
@@ -36,6 +37,10 @@ HUBS = {  # git hosts: the address, where a repository is made by hand, where a 
         "https://www.modelscope.cn/my/myaccesstoken",
     ),
 }
+HUB_TIMEOUT = (
+    10,
+    120,
+)  # of the Hugging Face client: seconds to connect, and without a byte; a hub may think about a commit
 SPACES = {"hf": "spaces/", "modelscope": "studios/"}  # what a space's name begins with
 
 
@@ -197,6 +202,7 @@ def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
     from huggingface_hub.errors import HfHubHTTPError, HTTPError, OfflineModeIsEnabled
 
     keep_secret(get_token())
+    where = f"{place.ref} at {_hub_endpoint()}"
 
     def attempt() -> Any:
         try:
@@ -215,6 +221,11 @@ def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
                 raise UserError(
                     f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1."
                 ) from None
+            if type(error).__name__ in ("ReadTimeout", "WriteTimeout") and (method := error.request.method) != "GET":
+                silent = (
+                    f"no answer to a {method} in {HUB_TIMEOUT[1]} s"  # an upload was tried again by the client itself
+                )
+                raise Unreachable(f"{where}: {silent}. What has arrived is kept; try again later.") from None
             if not status and isinstance(error, (HTTPError, OSError)) and not isinstance(error, OfflineModeIsEnabled):
                 raise Passing(f"{type(error).__name__}: {transfer.reason_of(error)}") from None
             hints = {
@@ -224,7 +235,21 @@ def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
             }
             raise UserError(f"{place.ref}: {reason}. {hints.get(status, '')}".strip()) from None
 
-    return transfer.patiently(attempt, f"{place.ref} at {_hub_endpoint()}")
+    return transfer.patiently(attempt, where)
+
+
+@functools.cache
+def _limit_hubs_waits() -> None:
+    """huggingface_hub's client waits for ever by itself."""
+    from huggingface_hub import set_client_factory
+    from huggingface_hub.utils._http import default_client_factory
+
+    def client() -> Any:
+        made = default_client_factory()
+        made.timeout = (*HUB_TIMEOUT, HUB_TIMEOUT[1], None)
+        return made
+
+    set_client_factory(client)
 
 
 HUB_TOKEN = "Log in with 'hf auth login' or set HF_TOKEN to a token that may write there."  # noqa: S105
@@ -289,6 +314,7 @@ def _send_to_hub(place: Place, files: dict[str, Source], remove: list[str], mess
 
     if not get_token():
         raise UserError(f"{place.ref}: there is no token. {HUB_TOKEN}")
+    _limit_hubs_waits()
     added = [
         CommitOperationAdd(name, source.data if isinstance(source.data, bytes) else str(source.data))
         for name, source in files.items()

@@ -168,6 +168,24 @@ def test_a_server_that_says_nothing_is_left(monkeypatch, world):
     assert time.monotonic() - began < 10
 
 
+@pytest.mark.parametrize("asked", ["POST /api/repos/create", "PUT /lfs-blob/", "POST /api/models/user/x/commit/"])
+def test_a_hub_that_says_nothing_to_a_publish_is_left(hf, package, monkeypatch, asked):
+    """Its client waits for ever by itself."""
+    import huggingface_hub
+
+    monkeypatch.setattr("finetune.places.HUB_TIMEOUT", (0.3, 0.3))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the client's own between its attempts
+    huggingface_hub.close_session()
+    gate = threading.Event()
+    hf.rules.append(lambda handler: f"{handler.command} {handler.path}".startswith(asked) and gate.wait(60))
+    try:
+        with pytest.raises(transfer.Unreachable, match=r"hf:user/x at http://.*: no answer to a P\w+ in 0\.3 s\."):
+            hub.publish("hf:user/x", package, "x")
+    finally:
+        gate.set()
+        huggingface_hub.close_session()
+
+
 # ------------------------------------------------------------------------------------------------------------ redirects
 
 
