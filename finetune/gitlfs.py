@@ -7,6 +7,7 @@ remote's own host.
 """
 
 import base64
+import contextlib
 import importlib.util
 import json
 import os
@@ -23,10 +24,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from urllib.parse import unquote, urlsplit
 
 import requests
-from filelock import FileLock
 
 from finetune import transfer
-from finetune.embedded import cache_dir, digest_of, say
+from finetune.embedded import cache_dir, digest_of, locked, say
 from finetune.errors import UserError
 from finetune.transfer import CHUNK, Opened, Passing, Progress, Source, Unreachable, keep_secret, plain
 
@@ -240,7 +240,7 @@ def open_remote(place: "Place") -> Remote:
     """Our bare repository for a remote, made at the first call. Raises UserError, Unreachable."""
     repo = cache_dir() / "hub" / "git" / digest_of(place.name)[:32]
     remote = Remote(place.name, place, repo)
-    with FileLock(f"{repo}.lock"):
+    with _alone(remote):
         for left in repo.glob("*.lock"):  # git's own, of one that was killed: ours is held
             left.unlink(missing_ok=True)
         if not (repo / "HEAD").is_file():
@@ -253,6 +253,11 @@ def open_remote(place: "Place") -> Remote:
             f"git's insteadOf for {place.ref} holds a user name, password or token: keep it in git's credential helper instead."
         )
     return remote._replace(url=url)
+
+
+def _alone(remote: Remote) -> contextlib.AbstractContextManager:
+    """Keeps other processes from our repository for the remote."""
+    return locked(f"{remote.repo}.lock", f"at work on {remote.place.ref}")
 
 
 def greet(remote: Remote, service: str) -> bool:
@@ -333,7 +338,7 @@ def listing(place: "Place", *, default: bool = False) -> Listing | None:
     remote, revision = open_remote(place), place.revision
     if not greet(remote, "git-upload-pack"):
         return None
-    with FileLock(f"{remote.repo}.lock"):
+    with _alone(remote):
         refs = _refs(remote)
         if not refs:
             return None
@@ -636,7 +641,7 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
         if targets:
             git(remote, "push", "--quiet", *(["--atomic"] if len(targets) > 1 else []), "--", remote.url, *targets)
 
-    with FileLock(f"{remote.repo}.lock"):
+    with _alone(remote):
         transfer.patiently(attempt, where)
     progress(sum(source.size for name, source in files.items() if name not in large))
 

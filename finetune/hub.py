@@ -23,12 +23,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 from urllib.parse import quote
 
-from filelock import FileLock
 from tqdm import tqdm
 
 from finetune import places, transfer
 from finetune.chat_format import check_messages, text_of
-from finetune.embedded import cache_dir, say
+from finetune.embedded import cache_dir, locked, say
 from finetune.errors import UserError
 from finetune.gitlfs import File, Listing
 from finetune.places import MANIFEST, Place
@@ -206,7 +205,7 @@ def _blob(file: File, where: str, advance: transfer.Progress) -> Path:
     """The file's bytes in the cache. Of processes that want the same one, one fetches it."""
     blob = _blob_path(file)
     blob.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{blob}.lock"):  # the system lets go of it when its holder is killed
+    with locked(f"{blob}.lock", f"fetching {where}"):
         if not (blob.is_file() and blob.stat().st_size == file.size):
             part = Path(f"{blob}.part")
             transfer.receive(file.open, part, file.size, file.digest, where, advance)
@@ -220,7 +219,7 @@ def _blob(file: File, where: str, advance: transfer.Progress) -> Path:
 def _link(blobs: dict[str, Path], sizes: dict[str, int], target: Path) -> None:
     """The snapshot folder, there as a whole or not at all."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(f"{target}.lock"):
+    with locked(f"{target}.lock", f"laying out {target}"):
         if _is_whole(target):
             return
         new = target.with_name(f".{target.name}.new")

@@ -21,7 +21,6 @@ from typing import Any
 
 import sentencepiece
 import torch
-from filelock import FileLock
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, processors
@@ -129,7 +128,7 @@ def converted(source: Path, origin: dict[str, str]) -> Path:
         return target
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(f"{target}.lock"):
+        with embedded.locked(f"{target}.lock", f"converting {origin['base_model']}"):
             if not target.is_dir():
                 embedded.say(f"Converting {origin['base_model']} from InternLM2's own layout, once ...")
                 to_llama(source, target, origin)

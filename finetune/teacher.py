@@ -8,7 +8,6 @@ per base and prompt, kept in the user's cache.
 from collections.abc import Callable, Sequence
 
 import torch
-from filelock import FileLock
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
@@ -29,7 +28,7 @@ def ask(
     file = embedded.cache_dir() / "teacher" / f"{base}.safetensors"
     file.parent.mkdir(parents=True, exist_ok=True)
     keys = [embedded.digest_of([list(prompt), max_new_tokens]) for prompt in prompts]
-    with FileLock(file.with_suffix(".lock")):
+    with embedded.locked(file.with_suffix(".lock"), "asking the base model"):
         known = load_file(file) if file.exists() else {}
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if f"{key}.ids" not in known}
         if missing:

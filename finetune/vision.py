@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock
 from PIL import Image
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
@@ -322,7 +321,7 @@ class Eyes:
         place = embedded.cache_dir() / "pictures"
         place.mkdir(parents=True, exist_ok=True)
         cached = place / f"{embedded.digest_of([own.hexdigest(), self.processor.to_dict(), list(missing)])}.safetensors"
-        with FileLock(cached.with_suffix(".lock")):
+        with embedded.locked(cached.with_suffix(".lock"), "looking at the pictures"):
             if not cached.exists():
                 found, files = [], list(missing.values())
                 with tqdm(total=len(files), desc="Looking at the pictures", unit="picture") as bar:

@@ -340,7 +340,9 @@ def test_two_processes_at_once_make_it_once(index, cache, child, tmp_path):
     first = child()
     wait_for(tmp_path / "converting")
     second = child()
-    assert second.stderr.readline() == "Another process is preparing the default model; waiting for it ...\n"
+    assert second.stderr.readline() == (
+        "Another process is preparing the default model; waiting for it ... / 另一进程正在处理，等待其完成 ...\n"
+    )
     (tmp_path / "go on").touch()
     assert [process.communicate(timeout=30)[0] for process in (first, second)] == [f"{cache / embedded.NAME}\n"] * 2
     assert (first.returncode, second.returncode) == (0, 0)

@@ -10,10 +10,11 @@ from pathlib import Path
 
 import pytest
 from conftest import with_manifest
+from filelock import FileLock
 from servers import closed_port, commit, git, mkdir, tree
 
 import finetune
-from finetune import hub, transfer
+from finetune import embedded, hub, transfer
 from finetune.errors import UserError
 
 ROOT = Path(hub.__file__).parents[1]
@@ -257,6 +258,19 @@ def test_many_processes_at_once_fetch_once(server, package):
         (folder,) = set(pool.map(one, range(4)))
     assert tree(Path(folder)) == {name: source.sha256 for name, source in package.items()}
     assert sum(server.sent.values()) == package["model.safetensors"].size
+
+
+def test_who_waits_for_another_process_is_told(foreign, world, monkeypatch):
+    """Of a file that it fetches; a lock that is free is taken in silence."""
+    weights = foreign.files("user/tiny", "v1")[1]["model.safetensors"]
+    mkdir(world / "cache" / "hub" / "blobs")
+    other, said = FileLock(world / "cache" / "hub" / "blobs" / f"sha256-{weights}.lock"), []
+    other.acquire()
+    monkeypatch.setattr(embedded, "LOCK_SECONDS", 0)
+    monkeypatch.setattr(embedded, "say", lambda text: (said.append(text), other.release()))
+    hub.pull("hf:user/tiny")
+    (told,) = said
+    assert told.startswith("Another process is fetching hf:user/tiny: model.safetensors; waiting for it ...")
 
 
 # ----------------------------------------------------------------------------------------- repositories that mean harm
