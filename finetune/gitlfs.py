@@ -52,7 +52,8 @@ DAMAGE = "object file .* is empty|object [0-9a-f]{40} .*is corrupt|unable to rea
 
 
 class File(NamedTuple):
-    """A file of a place: by its own record "sha256:..." or, of a small one in git, "git:..."; `open` gives its bytes."""
+    """A file of a place: by its own record "sha256:..." or, of a small one in git, "git:...", and "" of a
+    folder's, which has none; `open` gives its bytes."""
 
     size: int
     digest: str

@@ -324,12 +324,15 @@ def check_manifest(where: str, manifest: dict[str, Any], files: dict[str, File])
                 f"{where}: {name} is in the manifest and of a kind that can run code or is not a model's: refused."
             )
         elif name not in files:
-            problems.append(f"{where}: {name} is missing.")
+            problems.append(f"{where}: {name} is missing: publish it again.")
         elif files[name].size != entry["size"]:
-            problems.append(f"{where}: {name} has {files[name].size} bytes, and {entry['size']} were published.")
+            problems.append(
+                f"{where}: {name} has {files[name].size} bytes, and {entry['size']} were published: publish it again."
+            )
         elif files[name].digest.startswith("sha256:") and files[name].digest != wanted:
             problems.append(
-                f"{where}: {name} is not the file that was published: {files[name].digest}, expected {wanted}."
+                f"{where}: {name} is not the file that was published: {files[name].digest}, expected {wanted}: publish it "
+                "again."
             )
         else:
             chosen[name] = files[name]._replace(digest=wanted)
@@ -357,7 +360,7 @@ def _check_local(folder: Path) -> Path:
     record = cache_dir() / "hub" / "checked" / transfer.source(str(folder).encode()).sha256
     if record.is_file() and record.read_text() == seen:
         return folder
-    files = {n: File(f.stat().st_size, "unknown", places.file_opener(f)) for n, f in names.items()}
+    files = {n: File(f.stat().st_size, "", places.file_opener(f)) for n, f in names.items()}
     problems = []
     try:
         chosen = check_manifest(str(folder), manifest, files)
@@ -371,11 +374,10 @@ def _check_local(folder: Path) -> Path:
                         f"{folder}: {name} is a Git LFS pointer, not the file itself: run 'git lfs pull' there."
                     )
     for name, file in chosen.items():
-        hashed = transfer.hash_for(file.digest, file.size)
-        for chunk in file.open(0)[1]:
-            hashed.update(chunk)
-        if f"sha256:{hashed.hexdigest()}" != file.digest:
-            problems.append(f"{folder}: {name} is not the file that the manifest names: its bytes have changed.")
+        if _digest(file) != file.digest:
+            problems.append(
+                f"{folder}: {name} is not the file that the manifest names, its bytes have changed: publish or copy it again."
+            )
     if problems:
         raise UserError(*problems)
     with contextlib.suppress(OSError):  # somebody else's cache: it is only slower
@@ -485,13 +487,20 @@ def changes(ref: str, files: dict[str, Source]) -> Changes:
 def _same(there: File | None, source: Source) -> bool:
     if there is None or there.size != source.size:
         return False
-    if there.digest.startswith("sha256:"):
-        return there.digest == f"sha256:{source.sha256}"
-    hashed = transfer.hash_for("git:", source.size)
-    with source.open() as file:
-        while chunk := file.read(transfer.CHUNK):
-            hashed.update(chunk)
-    return there.digest == f"git:{hashed.hexdigest()}"
+    if there.digest.startswith("git:"):
+        hashed = transfer.hash_for("git:", source.size)
+        with source.open() as file:
+            while chunk := file.read(transfer.CHUNK):
+                hashed.update(chunk)
+        return there.digest == f"git:{hashed.hexdigest()}"
+    return (there.digest or _digest(there)) == f"sha256:{source.sha256}"
+
+
+def _digest(file: File) -> str:
+    hashed = transfer.hash_for("sha256:", file.size)
+    for chunk in file.open(0)[1]:
+        hashed.update(chunk)
+    return f"sha256:{hashed.hexdigest()}"
 
 
 def publish(ref: str, files: dict[str, Source], message: str) -> str:
@@ -510,7 +519,7 @@ def publish(ref: str, files: dict[str, Source], message: str) -> str:
     there = listing.files if listing else {}
     if wrong := [name for name, source in files.items() if not _same(there.get(name), source)]:
         raise UserError(
-            f"{ref} took the files and now records others for {', '.join(wrong)}: publish again; if it stays so, that hub is "
+            f"{ref} took the files and now records others for {', '.join(wrong)}: publish again; if it stays so, that place is "
             "broken."
         )
     return listing.revision

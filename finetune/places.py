@@ -9,7 +9,6 @@ opens its files; `send` makes it hold what it is given.
 """
 
 import functools
-import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -129,25 +128,11 @@ def file_opener(path: Path) -> Callable[[int], Opened]:
 
 
 def _list_folder(folder: Path) -> Listing | None:
-    """A folder's record is the manifest in it, of files that still have their length."""
+    """A folder keeps no record: whoever compares its files reads them."""
     if not folder.is_dir():
         return None
     names = [f.relative_to(folder).as_posix() for f in folder.rglob("*") if f.is_file() and STAGING not in f.parts]
-    manifest = folder / MANIFEST
-    try:
-        recorded = json.loads(manifest.read_bytes())["files"] if manifest.is_file() else {}
-        recorded = {name: (int(entry["size"]), str(entry["sha256"])) for name, entry in recorded.items()}
-    except (ValueError, KeyError, TypeError, AttributeError):
-        recorded = {}
-    files = {}
-    for name in names:
-        size, sha256 = (folder / name).stat().st_size, "unknown"
-        if name in recorded and recorded[name][0] == size:
-            sha256 = recorded[name][1]
-        elif name == MANIFEST:
-            sha256 = transfer.source(manifest.read_bytes()).sha256
-        files[name] = File(size, f"sha256:{sha256}", file_opener(folder / name))
-    return Listing("", files)
+    return Listing("", {n: File((folder / n).stat().st_size, "", file_opener(folder / n)) for n in names})
 
 
 STAGING = ".namesake"  # in a folder that is being published to: files that have arrived, by their sha256

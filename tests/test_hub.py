@@ -14,7 +14,7 @@ from filelock import FileLock
 from servers import closed_port, commit, git, mkdir, tree
 
 import finetune
-from finetune import embedded, hub, transfer
+from finetune import embedded, hub, places, transfer
 from finetune.errors import UserError
 
 ROOT = Path(hub.__file__).parents[1]
@@ -153,6 +153,28 @@ def test_a_spoilt_folder_is_refused_by_name(made, spoil, words):
         return
     with pytest.raises(UserError, match=re.escape(words)):
         hub.pull(str(made))
+
+
+def test_a_changed_byte_in_a_folder_is_mended_by_publishing_again(made, package, capfd):
+    wanted = tree(made)
+    rewrite(made / "model.safetensors", b"!" + (made / "model.safetensors").read_bytes()[1:])
+    with pytest.raises(UserError, match=r"its bytes have changed: publish or copy it again"):
+        hub.pull(str(made))
+    hub.publish(f"dir:{made}", package, "x")
+    assert "Sent 1 files" in capfd.readouterr().err
+    assert tree(made) == wanted
+    assert hub.pull(str(made)) == made
+
+
+def test_a_folder_that_does_not_keep_what_it_is_sent_is_told(world, package, monkeypatch):
+    def spoil(place, files, remove, message, progress):
+        fill(place, files, remove, message, progress)
+        rewrite(world / "stick" / "config.json", b"!" * package["config.json"].size)
+
+    fill = places.send
+    monkeypatch.setattr(places, "send", spoil)
+    with pytest.raises(UserError, match=r"took the files and now records others for config\.json: publish again"):
+        hub.publish(f"dir:{world}/stick", package, "x")
 
 
 # ------------------------------------------------------------------------------------------------------- a repository
