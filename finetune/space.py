@@ -201,18 +201,28 @@ def front_matter(title: str, refs: list[str], platform: str) -> dict[str, Any]:
 
 LOOK = """
 import json, sys
-from finetune import places
+from finetune import hub, places
 from finetune.errors import UserError
+ref, made = sys.argv[1], json.loads(sys.argv[2])
 try:
-    listing = places.listing(places.parse(sys.argv[1]))
+    place = places.parse(ref)
+    listing = places.listing(place)
     if listing is None:
-        raise UserError(f"{sys.argv[1]}: there is no such repository, or it cannot be seen without a token.")
+        raise UserError(f"{ref}: there is no such repository, or it cannot be seen without a token.")
     if "config.json" not in listing.files:
-        raise UserError(f"{sys.argv[1]}: there is no config.json, so no model.")
+        raise UserError(f"{ref}: there is no config.json, so no model.")
     config = json.loads(b"".join(listing.files["config.json"].open(0)[1]))
     size = sum(file.size for name, file in listing.files.items() if name.endswith(".safetensors"))
     if not size:
-        raise UserError(f"{sys.argv[1]}: there are no *.safetensors, so no model.")
+        raise UserError(f"{ref}: there are no *.safetensors, so no model.")
+    if place.kind == "dir":  # it has no record but its bytes
+        hub.pull(ref)
+    there = {}
+    if places.MANIFEST in listing.files:
+        manifest = hub.read_manifest(b"".join(listing.files[places.MANIFEST].open(0)[1]), ref)
+        there = hub.check_manifest(ref, manifest, listing.files) if manifest else {}
+    if other := [name for name, digest in made.items() if name not in there or there[name].digest != digest]:
+        raise UserError(f"{ref}: {', '.join(other)} there is not what this run made: publish it again.")
 except UserError as error:
     sys.exit(" ".join(error.problems))
 print(size // (4 if (config.get("dtype") or config.get("torch_dtype")) == "float32" else 2))
@@ -225,11 +235,13 @@ def stranger(home: Path, **more: str) -> dict[str, str]:
     return {**kept, "HOME": str(home), "PYTHONUSERBASE": site.getuserbase(), "PYTHONDONTWRITEBYTECODE": "1", **more}
 
 
-def look(folder: Path, home: Path, refs: Iterable[str]) -> Weights:
-    """Ask each source, as the space in `folder` will: without a token."""
+def look(folder: Path, home: Path, refs: Iterable[str], model: Path | None) -> Weights:
+    """Ask each source, as the space in `folder` will: without a token. With `model`, it must hold that one's weights."""
     parameters, refused = 0, []
+    made = json.loads((model / MANIFEST).read_bytes())["files"] if model else {}
+    weights = {name: f"sha256:{entry['sha256']}" for name, entry in made.items() if name.endswith(".safetensors")}
     for ref in refs:
-        command = [sys.executable, "-c", LOOK, ref]
+        command = [sys.executable, "-c", LOOK, ref, json.dumps(weights)]
         done = subprocess.run(command, cwd=folder, env=stranger(home), capture_output=True, text=True, check=False)
         if done.returncode:
             refused.append((done.stderr.strip().splitlines() or [f"{ref}: no answer"])[-1])
@@ -387,11 +399,12 @@ def deploy(to: str, run: Run | None, model: str | None, why: str, dry_run: bool)
         for name, source in made.items():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).write_bytes(source.data)
-        weights = look(folder, home, refs)
+        local = run.folder / "model" if run and (run.folder / "model").is_dir() else None
+        weights = look(folder, home, refs, None if model else local)
         if not weights.parameters and not why.strip():
             raise UserError(
                 *weights.refused,
-                "No source of the weights answers somebody without a token: make one public; or, to give the space a token, deploy "
+                "No source gives these weights to somebody without a token: make one public; or, to give the space a token, deploy "
                 'with --force "private".',
             )
         for problem in weights.refused:
@@ -400,7 +413,6 @@ def deploy(to: str, run: Run | None, model: str | None, why: str, dry_run: bool)
             _, send, remove, _ = hub.changes(going.ref, made)
             print("\n".join([*hub.listed(send, remove), "", *form(going, title, refs, weights)]))
             return ""
-        local = run.folder / "model" if run and (run.folder / "model").is_dir() else None
         until = "until it answers a question" if local else "until the page is there"
         say(f"Rehearsal 预演: app.py with this Python and an empty home, {until}; half a minute for a small model ...")
         say(f"Rehearsal 预演: {rehearse(folder, home, local)}")

@@ -240,6 +240,28 @@ def test_weights_that_a_stranger_cannot_see_are_refused_or_asked_a_token_for(wei
     assert "variable HF_TOKEN: needed: no source is public 必填" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("source", ["dir", "hf"])
+def test_weights_that_are_not_the_runs_are_refused(weights, package, world, source):
+    """Changed where they lie, or of an earlier model of the run."""
+    ref, words = "hf:user/xiaoxing", "model.safetensors there is not what this run made: publish it again"
+    if source == "dir":
+        hub.publish(ref := f"dir:{world}/stick", package, "x")
+        stick, words = world / "stick" / "model.safetensors", "its bytes have changed: publish or copy it again"
+    one = a_run(world / "run", **{ref: "model"})
+    manifest = json.loads(package["manifest.json"].data)
+    record = mkdir(world / "run" / "model") / "manifest.json"
+    record.write_text(json.dumps(manifest))
+    to = f"dir:{world}/space"
+    space.deploy(to, one, None, "", dry_run=True)
+    if source == "dir":
+        stick.write_bytes(b"!" + stick.read_bytes()[1:])
+    else:
+        manifest["files"]["model.safetensors"]["sha256"] = "0" * 64
+        record.write_text(json.dumps(manifest))
+    with pytest.raises(UserError, match=f"{ref}: .*{words}" if source == "hf" else words):
+        space.deploy(to, one, None, "", dry_run=True)
+
+
 def test_to_hugging_face_and_again(weights, monkeypatch, capsys):
     """The rehearsal has its own test; here a second deploy sends what changed and removes what is no longer carried."""
     rehearsed = []
