@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from finetune import settings
+from finetune.errors import UserError
 
 ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
 
@@ -152,7 +153,14 @@ class Run:
         )
 
     def read(self, name: str) -> Any:
-        return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        """Of the run's JSON files. Raises UserError for one that is damaged or gone."""
+        try:
+            return json.loads((self.folder / name).read_text(encoding="utf-8"))
+        except (FileNotFoundError, ValueError) as error:
+            mend = "restore it from a copy, or make the run again in another folder (--run)"
+            if name.startswith("model/"):
+                mend = f"remove {quoted(self.folder / 'model')} and run '{self.command}', which makes it again"
+            raise UserError(f"{self.folder / name} is damaged or gone ({error}): {mend}.") from None
 
     def write(self, name: str, value: Any) -> None:
         new = self.folder / f"{name}.tmp"

@@ -95,8 +95,7 @@ def target(to: str) -> Target:
 
 def published(run: Run) -> list[str]:
     """Where the run's model was published. Raises UserError where it was not."""
-    receipt = run.folder / "receipt.json"
-    sent = json.loads(receipt.read_text(encoding="utf-8")).get("published", {}) if receipt.is_file() else {}
+    sent = run.read("receipt.json").get("published", {}) if (run.folder / "receipt.json").is_file() else {}
     if refs := [ref for ref, how in sent.items() if how["what"] in ("model", "both")]:
         return refs
     raise UserError(

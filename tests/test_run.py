@@ -508,6 +508,32 @@ def test_a_damaged_settings_file_is_refused_in_words(start, world):
     assert lines[0].startswith("error: r/settings.toml is not valid TOML: ")
 
 
+@pytest.mark.parametrize(
+    "name, mend",
+    [
+        ("receipt.json", "restore it from a copy, or make the run again in another folder (--run)."),
+        ("scorecard.json", "restore it from a copy, or make the run again in another folder (--run)."),
+        (
+            "model/manifest.json",
+            "remove r/model and run 'python finetune/run.py --run r', which makes it again.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("left", [b"{", b"\xff", None])
+def test_a_damaged_record_is_refused_in_words(start, world, name, mend, left):
+    folder = make_run(world / "r", "model")
+    for file in ("receipt.json", "scorecard.json", "model/manifest.json"):
+        (folder / file).write_text('{"gate": {"passed": true}, "files": {}}')
+    (folder / name).write_bytes(left) if left else (folder / name).unlink()
+    status, (line,) = start("publish", "--run", "r", "--to", "dir:x")
+    assert status == 2
+    if left is None and "/" not in name:
+        assert line == f"error: The run in r has no {name} yet: run 'python finetune/run.py --run r' first."
+    else:
+        assert line.startswith(f"error: r/{name} is damaged or gone (")
+        assert line.endswith(f"): {mend}")
+
+
 # -------------------------------------------------------------------------------------------------- exit statuses
 
 
