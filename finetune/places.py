@@ -28,7 +28,7 @@ HUBS = {  # git hosts: the address, where a repository is made by hand, where a 
     "openxlab": (
         "https://code.openxlab.org.cn/{}.git",
         "https://openxlab.org.cn/models/create",
-        "https://sso.openxlab.org.cn/usercenter?tab=token",
+        "https://sso.openxlab.org.cn/usercenter?tab=secret",
     ),
     "modelscope": (
         "https://www.modelscope.cn/{}.git",

@@ -15,6 +15,7 @@ from servers import commit, giftless, git, log_in, mkdir, redirect, tree
 
 from finetune import hub, transfer
 from finetune.errors import UserError
+from finetune.places import HUBS
 
 
 def wanted(package: dict) -> dict[str, str]:
@@ -217,6 +218,11 @@ def test_no_or_a_wrong_token(server, package, monkeypatch, kind, token, words):
         hub.publish(f"{kind}:user/xiaoxing", package, "x")
     assert words in str(caught.value)
     assert not server.received
+
+
+def test_the_readme_sends_to_the_pages_that_the_messages_name():
+    readme = (Path(hub.__file__).parents[1] / "README.md").read_text(encoding="utf-8")
+    assert all(f"<{page}>" in readme for page in HUBS["openxlab"][1:])
 
 
 def test_a_hub_without_a_token(hf, package, monkeypatch):
