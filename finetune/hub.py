@@ -394,9 +394,10 @@ def _snapshot(folder: Path) -> bool:
 # --------------------------------------------------------------------------------------------------------------- verify
 
 
-def verify(folder: Path) -> int:
+def verify(folder: Path, base_ref: str | None = None) -> int:
     """Ask the witnesses' questions of the model in `folder` here: their number, all answered with the token ids that the
-    scored model gave. Raises UserError: which differ, and from which token on."""
+    scored model gave. An adapter's base is where its record says, or at `base_ref`. Raises UserError: which differ, and
+    from which token on."""
     from finetune import generation, model
 
     path = folder / MANIFEST
@@ -411,13 +412,22 @@ def verify(folder: Path) -> int:
             check_messages(witness["messages"], sees=True)
             if not all(type(token) is int for token in witness["ids"]):
                 raise TypeError
-        base_ref = "" if alone else str(manifest["base"]["ref"])  # type: ignore[index]
+        recorded = "" if alone else str(manifest["base"]["ref"])  # type: ignore[index]
     except (UserError, AttributeError, KeyError, TypeError):
         raise UserError(f"{folder}: its witnesses are broken, so it cannot be verified: publish it again.") from None
     if alone:
         loaded: Any = model.load(folder)
     else:
-        base = model.base_folder(base_ref)
+        try:
+            base = model.base_folder(base_ref or recorded)
+        except UserError as error:
+            if base_ref:
+                raise
+            raise type(error)(
+                f"{folder} holds an adapter alone, and its base, {plain(recorded)} by its record, is not here: give it with --base "
+                "FOLDER (or hf:user/name).",
+                *(error.problems if "/" in recorded else ()),  # else a local folder's name
+            ) from None
         loaded = model.load_adapter(model.load(base), folder, base).get_base_model()
     form: Any = model.OwnFormat(folder, loaded)
     if model.vision_of(folder):  # whose template a tokenizer alone cannot follow

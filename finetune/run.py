@@ -239,7 +239,7 @@ def pull(args: argparse.Namespace) -> int:
     for reason in failed:
         say(f"Note: {reason}")
     if args.verify:
-        say(f"{hub.verify(folder)} witnesses answer as the scored model did. / 见证问题的回答与评测时一致。")
+        say(f"{hub.verify(folder, args.base)} witnesses answer as the scored model did. / 见证问题的回答与评测时一致。")
     print(folder)
     return 0
 

@@ -275,11 +275,16 @@ def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):
 
 def test_an_adapter_alone_verifies_on_its_base(tiny_run, tiny_model, tmp_path):
     run, _, _ = tiny_run
-    (tmp_path / "model").symlink_to(tiny_model)  # what its manifest calls the base
     arguments = ["--run", run, "--to", "dir:stick", "--what", "adapter", "--force", "x"]
     done = finetune(tmp_path, "publish", *arguments)
     assert done.returncode == 0, done.stderr
     done = finetune(tmp_path, "pull", "dir:stick", "--verify")
+    assert (done.returncode, done.stderr) == (
+        2,
+        f"error: {tmp_path}/stick holds an adapter alone, and its base, model by its record, is not here: give it with --base "
+        "FOLDER (or hf:user/name).\n",
+    )
+    done = finetune(tmp_path, "pull", "dir:stick", "--verify", "--base", tiny_model)
     assert done.returncode == 0, done.stderr
     assert "4 witnesses answer as the scored model did" in done.stderr
 
