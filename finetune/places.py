@@ -9,6 +9,7 @@ opens its files; `send` makes it hold what it is given.
 """
 
 import functools
+import json
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -207,10 +208,10 @@ def _hub_work(place: Place, work: Callable[[Any], Any]) -> Any:
                     f"{place.ref}: {_hub_endpoint()} has no Xet storage; set HF_HUB_DISABLE_XET=1."
                 ) from None
             if type(error).__name__ in ("ReadTimeout", "WriteTimeout") and (method := error.request.method) != "GET":
-                silent = (
-                    f"no answer to a {method} in {HUB_TIMEOUT[1]} s"  # an upload was tried again by the client itself
-                )
+                silent = f"no answer to a {method} in {HUB_TIMEOUT[1]} s"  # the client tried an upload again itself
                 raise Unreachable(f"{where}: {silent}. What has arrived is kept; try again later.") from None
+            if isinstance(error, json.JSONDecodeError):  # the client reads some answers before their status
+                raise Passing("the answer is not the hub's, which is JSON") from None
             if not status and isinstance(error, (HTTPError, OSError)) and not isinstance(error, OfflineModeIsEnabled):
                 raise Passing(f"{type(error).__name__}: {transfer.reason_of(error)}") from None
             hints = {

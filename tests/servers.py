@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 from urllib.parse import parse_qs, unquote
 
 from finetune.places import HUBS
@@ -529,6 +530,29 @@ class Faults:
                 server.sendall(data)
         with contextlib.suppress(OSError):
             server.shutdown(socket.SHUT_WR)
+
+
+def one_request_a_connection(server: Server) -> None:
+    """So that a plan of faults is used up by whoever keeps connections, too."""
+
+    def rule(handler: Handler) -> bool:
+        handler.end_headers = lambda: (
+            handler.send_header("Connection", "close"),
+            http.server.BaseHTTPRequestHandler.end_headers(handler),
+        )
+        return False
+
+    server.rules.append(rule)
+
+
+def lead_hub_to(proxy: Faults, monkeypatch) -> None:
+    """hf: references go through a proxy before the small hub; its client's own waits are none."""
+    import huggingface_hub
+
+    monkeypatch.setattr(huggingface_hub.constants, "ENDPOINT", proxy.url)
+    template = proxy.url + "/{repo_id}/resolve/{revision}/{filename}"
+    monkeypatch.setattr(huggingface_hub.constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda seconds: None))
 
 
 def git(*arguments: str, cwd: Path | None = None, **environment: str) -> str:

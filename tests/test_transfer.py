@@ -16,7 +16,7 @@ from pathlib import Path
 import psutil
 import pytest
 from conftest import with_manifest
-from servers import Faults, GitServer, git, log_in, redirect, tree
+from servers import Faults, GitServer, git, lead_hub_to, log_in, one_request_a_connection, redirect, tree
 
 from finetune import hub, transfer
 from finetune.errors import UserError
@@ -35,15 +35,19 @@ def big(package, tmp_path_factory):
     return with_manifest(files)
 
 
-@pytest.fixture
-def spoilt(server, big):
-    """(the proxy before a git server that holds `big`, a reference through it)"""
-    server.make("user/x")
-    server.users = {}
-    hub.publish(f"git+{server.url}/user/x.git", big, "x")
-    server.sent.clear()
+@pytest.fixture(params=["git", "hf"])
+def spoilt(request, monkeypatch):
+    """(the proxy before an empty git repository or a hub, a reference through it)"""
+    server = request.getfixturevalue("server" if request.param == "git" else "hf")
+    one_request_a_connection(server)
     with Faults(server.server_port) as proxy:
-        yield proxy, f"git+{proxy.url}/user/x.git"
+        if request.param == "hf":
+            lead_hub_to(proxy, monkeypatch)
+            yield proxy, "hf:user/x"
+        else:
+            server.make("user/x")
+            log_in(proxy.url)
+            yield proxy, f"git+{proxy.url}/user/x.git"
 
 
 def wanted(package: dict) -> dict[str, str]:
@@ -186,6 +190,15 @@ def test_a_hub_that_says_nothing_to_a_publish_is_left(hf, package, monkeypatch, 
         huggingface_hub.close_session()
 
 
+def test_a_hub_whose_gateway_answers_is_asked_again(hf, package):
+    """The client reads what is said about a model card as JSON before it looks at the status."""
+    answers = [502, 502]
+    hf.rules.append(lambda h: "validate-yaml" in h.path and answers and h.body() and not h.answer(b"", answers.pop()))
+    hub.publish("hf:user/x", package, "x")
+    assert not answers
+    assert tree(hub.pull("hf:user/x")) == wanted(package)
+
+
 # ------------------------------------------------------------------------------------------------------------ redirects
 
 
@@ -289,25 +302,19 @@ FAULTS = [
 @pytest.mark.parametrize("plan", FAULTS, ids=range(len(FAULTS)))
 def test_pull_under_faults(spoilt, big, plan):
     proxy, ref = spoilt
-    transfer._session.cache_clear()
+    hub.publish(ref, big, "x")
     proxy.plan = list(plan)
     assert tree(hub.pull(ref)) == wanted(big)
     assert not proxy.plan
 
 
 @pytest.mark.parametrize("plan", FAULTS, ids=range(len(FAULTS)))
-def test_publish_under_faults(server, big, plan):
-    server.make("user/x")
-    log_in(server.url)
-    with Faults(server.server_port) as proxy:
-        (Path(os.environ["HOME"]) / ".git-credentials").write_text(
-            f"http://user:git-canary-token@127.0.0.1:{proxy.port}\n"
-        )
-        transfer._session.cache_clear()
-        proxy.plan = list(plan)
-        hub.publish(f"git+{proxy.url}/user/x.git", big, "x")
-        assert not proxy.plan
-    assert tree(hub.pull(f"git+{server.url}/user/x.git")) == wanted(big)
+def test_publish_under_faults(spoilt, big, plan):
+    proxy, ref = spoilt
+    proxy.plan = list(plan)
+    hub.publish(ref, big, "x")
+    assert not proxy.plan
+    assert tree(hub.pull(ref)) == wanted(big)
 
 
 WORK = """
