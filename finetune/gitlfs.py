@@ -549,7 +549,7 @@ def _lfs_opener(remote: Remote, oid: str, size: int) -> Callable[[int], Opened]:
 
 def _upload(remote: Remote, files: dict[str, Source], progress: Progress) -> None:
     """What the LFS store does not have yet."""
-    from finetune.places import file_opener
+    from finetune.places import copy
 
     if not files:
         return
@@ -562,9 +562,8 @@ def _upload(remote: Remote, files: dict[str, Source], progress: Progress) -> Non
                 continue
             target.parent.mkdir(parents=True, exist_ok=True)
             part = target.with_suffix(".part")
-            opener = file_opener(source.data) if isinstance(source.data, Path) else None
-            if opener:
-                transfer.receive(opener, part, source.size, f"sha256:{source.sha256}", str(source.data), progress)
+            if isinstance(source.data, Path):
+                copy(source, part, progress)
             else:
                 part.write_bytes(source.data)
             part.rename(target)
@@ -610,13 +609,17 @@ def send(place: "Place", files: dict[str, Source], remove: list[str], message: s
     if not greet(remote, "git-receive-pack"):
         why = _make_on_openxlab(place, files) if place.kind == "openxlab" else ""
         if why or not greet(remote, "git-receive-pack"):
+            there_is_none = f"{place.ref}: there is no repository {plain(remote.url)}"
+            if remote.scheme == "file":
+                path = shlex.quote(unquote(urlsplit(remote.url).path))
+                raise UserError(f"{there_is_none}. Run 'git init --bare {path}', and then the same command again.")
             name = remote.url.rstrip("/").rpartition("/")[2].removesuffix(".git")
             where = (
                 f"Open {HUBS[place.kind][1]}" if place.kind in HUBS else "Open the server's page for a new repository"
             )
             where = where.replace("/models/", "/studios/") if SPACES.get(place.kind, "?") in place.name else where
             raise UserError(
-                f"{place.ref}: there is no repository {plain(remote.url)}, or you may not see it. {why}{where}, type {name} as its "
+                f"{there_is_none}, or you may not see it. {why}{where}, type {name} as its "
                 "name, leave the rest as it is, and run the same command again."
             )
     if revision and COMMIT.fullmatch(revision):

@@ -456,7 +456,16 @@ def verify(folder: Path, base_ref: str | None = None) -> int:
 
 def target(ref: str) -> Place:
     """Where to publish to; a path that is there is that folder. Raises UserError."""
-    return Place("dir", ref.removeprefix("dir:"), None, ref) if _local(ref) else places.parse(ref)
+    if _local(ref):
+        return Place("dir", ref.removeprefix("dir:"), None, ref)
+    try:
+        return places.parse(ref)
+    except UserError:
+        if ":" in ref or not ref.strip():
+            raise
+        raise UserError(
+            f"{ref!r} is no repo reference such as hf:user/name; for a folder that is not there yet write dir:{ref}"
+        ) from None
 
 
 class Changes(NamedTuple):

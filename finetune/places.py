@@ -128,6 +128,14 @@ def file_opener(path: Path) -> Callable[[int], Opened]:
     return open_at
 
 
+def copy(source: Source, part: Path, progress: Progress) -> None:
+    """A file that lies here into `part`. Raises UserError where it is no longer what it was."""
+    try:
+        transfer.receive(file_opener(source.data), part, source.size, f"sha256:{source.sha256}", "it", progress)
+    except UserError:
+        raise UserError(transfer.HAS_CHANGED.format(source.data)) from None
+
+
 def _list_folder(folder: Path) -> Listing | None:
     """A folder keeps no record: whoever compares its files reads them."""
     if not folder.is_dir():
@@ -162,10 +170,7 @@ def _fill_folder(folder: Path, files: dict[str, Source], remove: list[str], prog
                 part.write_bytes(source.data)
                 progress(source.size)
             else:
-                where = f"{source.data} (which must be as it was made)"
-                transfer.receive(
-                    file_opener(source.data), part, source.size, f"sha256:{source.sha256}", where, progress
-                )
+                copy(source, part, progress)
             part.rename(arrived)
         for name in sorted(files, key=lambda name: name == MANIFEST):  # it says that the others are there: last
             (folder / name).parent.mkdir(parents=True, exist_ok=True)

@@ -157,10 +157,13 @@ class Run:
         try:
             return json.loads((self.folder / name).read_text(encoding="utf-8"))
         except (FileNotFoundError, ValueError) as error:
-            mend = "restore it from a copy, or make the run again in another folder (--run)"
-            if name.startswith("model/"):
-                mend = f"remove {quoted(self.folder / 'model')} and run '{self.command}', which makes it again"
-            raise UserError(f"{self.folder / name} is damaged or gone ({error}): {mend}.") from None
+            raise UserError(f"{self.folder / name} is damaged or gone ({error}): {self.mend(name)}.") from None
+
+    def mend(self, name: str) -> str:
+        """What to do about a file of the run that is not as it was made."""
+        if name.startswith("model/") and self.settings.method != "full":  # it is merged again from the adapter
+            return f"remove {quoted(self.folder / 'model')} and run '{self.command}', which makes it again"
+        return "restore it from a copy, or make the run again in another folder (--run)"
 
     def write(self, name: str, value: Any) -> None:
         new = self.folder / f"{name}.tmp"

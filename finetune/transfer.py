@@ -37,7 +37,10 @@ CUT = (
 Progress = Callable[[int], object]  # bytes that arrived or left; negative where they must be sent anew
 Opened = tuple[int, Iterator[bytes]]  # the offset that the bytes really begin at, and they
 
-HAS_CHANGED = "{} has changed since it was made: make the run's model again before publishing."
+HAS_CHANGED = (
+    "{} has changed since it was made: restore it from a copy; or, where it is of the run's model/, remove that folder and run "
+    "the run's own command, which makes it again."
+)
 
 _secrets: set[str] = set()
 

@@ -4,6 +4,8 @@ import base64
 import importlib.util
 import json
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -121,7 +123,10 @@ def test_a_file_that_changed_since_it_was_made_is_not_published(place, package, 
     files = {**package, "model.safetensors": package["model.safetensors"]._replace(data=changed)}
     with pytest.raises(UserError) as caught:
         hub.publish(place, files, "x")
-    assert str(changed) in str(caught.value)
+    assert str(caught.value) == (
+        f"{changed} has changed since it was made: restore it from a copy; or, where it is of the run's model/, remove that "
+        "folder and run the run's own command, which makes it again."
+    )
     if place.startswith("dir:"):
         assert not (world / "usb stick" / "xiaoxing" / "manifest.json").exists()
     else:
@@ -175,6 +180,29 @@ def test_snapshot_download_gets_the_files(hf, package, world):
 
 
 # ------------------------------------------------------------------------------------- what a user is told, word for word
+
+
+@pytest.mark.parametrize("ref", ["mymodel", "a/b/c", "user/name@"])
+def test_a_new_folder_needs_its_dir(package, ref):
+    with pytest.raises(UserError) as caught:
+        hub.publish(ref, package, "x")
+    assert str(caught.value) == (
+        f"{ref!r} is no repo reference such as hf:user/name; for a folder that is not there yet write dir:{ref}"
+    )
+
+
+def test_no_repository_on_this_disk(package, world):
+    """What it says to do makes it."""
+    ref = f"git+file://{world}/my%20disk/x.git"
+    with pytest.raises(UserError) as caught:
+        hub.publish(ref, package, "x")
+    told = re.fullmatch(
+        rf"{re.escape(ref)}: there is no repository .*\. Run '(git init --bare .*)', and then the same command again\.",
+        str(caught.value),
+    )
+    subprocess.run(shlex.split(told[1]), check=True, capture_output=True)
+    hub.publish(ref, package, "x")
+    assert tree(hub.pull(ref)) == wanted(package)
 
 
 def test_no_repository_on_openxlab(server, package, monkeypatch):
