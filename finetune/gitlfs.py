@@ -664,7 +664,11 @@ def _make_on_openxlab(place: "Place", files: dict[str, Source]) -> str:
     """Make the repository through the openxlab package, in a process of its own, as it knows no time-outs and prints what
     it sends. "" where it is made, else why not, as a sentence."""
     keys = [keep_secret(os.environ.get(name)) for name in ("OPENXLAB_AK", "OPENXLAB_SK")]
-    if not all(keys) and not Path("~/.openxlab/config.json").expanduser().is_file():
+    login = Path("~/.openxlab/config.json").expanduser()
+    if login.is_file():  # by 'openxlab login'
+        for key in re.findall(r':\s*"([^"]+)"', login.read_text(encoding="utf-8", errors="replace")):
+            keep_secret(key)
+    elif not all(keys):
         return ""
     if not importlib.util.find_spec("openxlab"):
         return ""

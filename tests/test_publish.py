@@ -356,15 +356,25 @@ def test_the_openxlab_package_makes_the_repository(server, package, world, openx
     assert tree(hub.pull("openxlab:user/xiaoxing")) == wanted(files)
 
 
-def test_the_openxlab_package_says_no(server, package, world, openxlab, monkeypatch):
+@pytest.mark.parametrize("kept", ["environment", "login"])
+@pytest.mark.parametrize("said", ["503", "wrong ak-canary"])
+def test_the_openxlab_package_says_no(server, package, world, openxlab, monkeypatch, said, kept):
+    """Its service may repeat the key that it was sent."""
     redirect("openxlab", server)
-    server.rules.append(lambda handler: handler.path.startswith("/api/v1/") and not handler.answer(b"sorry", 503))
+    no = {"msgCode": "A0202", "msg": said, "traceId": "t"}
+    answer = (b"sorry", 503) if said == "503" else ({"msgCode": "10000", "msg": "ok", "data": no},)
+    server.rules.append(lambda handler: handler.path.startswith("/api/v1/") and not handler.answer(*answer))
     keys(world, openxlab, server, monkeypatch)
+    if kept == "login":
+        logged_in = {name.lower()[-2:]: os.environ[name] for name in ("OPENXLAB_AK", "OPENXLAB_SK")}
+        (mkdir(world / "home" / ".openxlab") / "config.json").write_text(json.dumps(logged_in, indent=4))
+        for name in ("OPENXLAB_AK", "OPENXLAB_SK"):
+            monkeypatch.delenv(name)
     files = {**package, "metafile.yml": transfer.source(yaml.safe_dump(META).encode())}
     with pytest.raises(UserError) as caught:
         hub.publish("openxlab:user/xiaoxing", files, "x")
     assert "OpenXLab's API did not make it: " in str(caught.value)
-    assert "503" in str(caught.value)
+    assert said.replace("ak-canary", "***") in str(caught.value)
     assert "Open https://openxlab.org.cn/models/create, type xiaoxing as its name" in str(caught.value)
     assert "canary" not in str(caught.value)
 
