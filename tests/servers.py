@@ -277,6 +277,7 @@ def giftless(folder: Path):
 # --------------------------------------------------------------------------------------------------------- Hugging Face
 
 
+# hf-local-hub's wheel (3.0.0) holds a client alone, which starts a Go program that has to be built: it cannot serve here.
 class Hub(Server):
     """The part of the Hub's HTTP API that the real client uses to read, create, commit and tag. `commits`: per repository a
     list of (id, {name: sha256}); `names`: branches and tags. Files named like LARGE go through its LFS."""
