@@ -505,7 +505,7 @@ class Faults:
             return
         if fault[0] == "delay":
             time.sleep(fault[1])
-        server = socket.create_connection(("127.0.0.1", self.target))
+        server = self.reach()
         threading.Thread(target=self.up, args=(client, server), daemon=True).start()
         count = 0
         with server:
@@ -524,6 +524,14 @@ class Faults:
                 client.sendall(data)
                 count += len(data)
                 self.passed += len(data)
+
+    def reach(self) -> socket.socket:
+        """A busy machine refuses a connection now and then, although the server listens; that is no fault of the plan's."""
+        for _ in range(100):
+            with contextlib.suppress(ConnectionRefusedError):
+                return socket.create_connection(("127.0.0.1", self.target))
+            time.sleep(0.02)
+        raise ConnectionRefusedError
 
     def up(self, client: socket.socket, server: socket.socket):
         with contextlib.suppress(OSError):
