@@ -320,6 +320,9 @@ def load_for_training(folder: Path, method: str) -> PreTrainedModel:
         options["device_map"] = {"": device()}  # each layer is quantised as it comes from the disk
     model = open_folder(folder, dtype=dtype, **options)
     if method == "qlora":
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # it would pack weights for decoding, for good, and
+                module.support_avx512bf16_for_cpu = False  # no gradient passes through packed ones
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share out what is on the GPU
         if torch.cuda.is_available() and alone and not model.config.tie_word_embeddings:
             _keep_on_host(model.get_input_embeddings())
