@@ -470,7 +470,8 @@ def test_the_api_takes_pictures_and_fetches_none(eyes):
     engine.inbox.put(None)
 
 
-def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, clip_folder, tmp_path):
+def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "has_fast_bf16", lambda: False)  # which would round what is compared
     torch.manual_seed(1)
     words = models.add_lora(models.load(tiny_model), 4)
     for name, weight in words.named_parameters():
