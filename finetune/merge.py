@@ -126,7 +126,10 @@ def _write_expected(
 ) -> list[list[int]]:
     """The greedy answers' token ids; what the proof needs of them is left in `proof`."""
     prompts = [form.prompt(messages) for messages in conversations]
-    answers = complete(model, prompts, form.stop_ids, ANSWER_TOKENS)
+    stop_ids = (
+        [*form.stop_ids, form.control[IMAGE]] if form.vision else form.stop_ids
+    )  # others would look for a picture
+    answers = complete(model, prompts, stop_ids, ANSWER_TOKENS)
     tensors = {}
     for i, (prompt, answer) in enumerate(zip(prompts, answers, strict=True)):
         ids = torch.tensor(prompt + answer.ids, device=model.device)
