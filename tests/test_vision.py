@@ -154,6 +154,30 @@ def test_ids_beyond_the_vocabulary_are_the_pictures_patches(seeing_internlm2):
     assert found.ids == expected.tolist()[: len(found.ids)]
 
 
+def test_pictures_that_are_seen_together_in_order(seeing_internlm2, tmp_path, monkeypatch):
+    """By several threads, in batches; their pixels are the processor's own."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+    together, alone = (vision.Eyes(model, form.vision) for _ in range(2))
+    sizes = [(40, 24), (24, 40), (30, 30), *((20 + i, 50) for i in range(2 * vision.BATCH))]
+    for i, size in enumerate(sizes):
+        picture(*size).save(tmp_path / f"{i}.png")
+        expected = alone.processor([picture(*size)], return_tensors="pt")["pixel_values"]
+        assert torch.equal(alone.pixels([picture(*size)]), expected)
+    files = [str(tmp_path / f"{i}.png") for i in range(len(sizes))]
+    together.look(files)
+    assert len(list((tmp_path / "cache" / "pictures").glob("*.safetensors"))) == 1
+    for file in reversed(files):
+        one, other = (eyes.features[(eyes.see(file)[0] - eyes.first) // eyes.patches] for eyes in (together, alone))
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_what_is_trained_is_float32_on_a_base_in_bfloat16(seeing_internlm2):
+    for rank in (0, 4):
+        tuned = models.add_lora(models.load(seeing_internlm2, torch.bfloat16).requires_grad_(False), rank)
+        assert {weight.dtype for weight in tuned.parameters() if weight.requires_grad} == {torch.float32}
+
+
 def test_a_fresh_projector_learns_to_say_the_captions_words(seeing_internlm2):
     """Of two kinds of pictures, whose captions differ in one word, new ones are told apart by what the projector makes of
     them, compared with the two words; and that is as large as words are."""
