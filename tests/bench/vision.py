@@ -318,7 +318,8 @@ def ratios(found: dict[str, dict[str, Any]]) -> dict[str, Any]:
     if "encode" in speed:
         result["times with encoding"] = {
             name: {
-                f"{epochs} epochs": round(epochs / other / (epochs / own + 1 / speed["encode"]), 2) for epochs in (1, 3)
+                words: round(epochs / other / (epochs / own + 1 / speed["encode"]), 2)
+                for words, epochs in (("1 epoch", 1), ("3 epochs", 3))
             }
             for name, (own, other) in pairs.items()
             if name in ANSWERS
