@@ -413,6 +413,7 @@ def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> 
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(model, config)
+    getattr(tuned.get_base_model().model, PROJECTOR).float()  # which peft does to adapters alone
     if starter:  # of the language model alone
         weights = dict(tuned.named_parameters())
         with torch.no_grad():
