@@ -76,7 +76,8 @@ class ChatFormat:
         self.default_system, self.vision = default_system, vision
         # A picture's ids: what stands for it in a text, or, of a model that was given eyes, where its patches are found.
         self.see: Callable[[Any], list[int]] = self._written
-        self.stop_ids = [self.control[t] for t in (END, "</s>", "<|endoftext|>") if t in self.control]
+        ends = (END, "</s>", "<|endoftext|>", *([IMAGE] if vision else []))  # no answer brings a picture along
+        self.stop_ids = [self.control[t] for t in ends if t in self.control]
 
     def _written(self, _: Any) -> list[int]:
         return [self.control[IMAGE]] * self.vision["patches"]

@@ -122,12 +122,11 @@ def questions(scene: Scene) -> list[dict[str, str]]:
         ("shape", "zh", "什么形状？", SHAPES[scene.shape], SHAPES[scene.shape]),
         ("count", "zh", "有几个？", NUMBERS[scene.count], NUMBERS[scene.count]),
     ]
-    where = {"en": _where(scene, "en").capitalize(), "zh": _where(scene, "zh")}
-    accept = {"en": at(scene.places[0]), "zh": PLACES[scene.places[0]]}
     kind = "positions" if several else "position"  # of several things nobody is asked but for practice
+    where = {language: _where(scene, language) for language in LANGUAGES}
     asked += [
-        (kind, "en", f"Where {verb} the {things}?", where["en"], accept["en"]),
-        (kind, "zh", "在哪里？", where["zh"], accept["zh"]),
+        (kind, "en", f"Where {verb} the {things}?", where["en"].capitalize(), where["en"]),
+        (kind, "zh", "在哪里？", where["zh"], where["zh"]),
     ]
     keys = ("kind", "lang", "question", "answer", "accept")
     return [dict(zip(keys, values, strict=True)) for values in asked]

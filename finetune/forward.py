@@ -88,7 +88,8 @@ class Forward:
         if singles:  # [rows, longest], for those that go on by one token: where their keys lie, and how old they are
             tokens = torch.tensor([at for at, _ in singles])
             ends, first = positions[tokens], torch.tensor([span.start for _, span in singles])
-            ages = ends[:, None] - torch.arange(int(ends.max()) + 1)
+            longest = -(-(int(ends.max()) + 1) // 8) * 8  # else the attention pads it, in every layer
+            ages = ends[:, None] - torch.arange(longest)
             where = (first + ends)[:, None] - ages.clamp(min=0)
             self.grid = tokens.to(self.device), where.to(self.device), ages.to(self.device)
         positions, last = positions.to(self.device), last.to(self.device)
@@ -190,10 +191,11 @@ class Forward:
             tokens, where, ages = self.grid
             q = query[tokens].view(len(tokens), self.kv_heads, -1, self.size)
             k, v = keys[:, where].transpose(0, 1), values[:, where].transpose(0, 1)  # [rows, key heads, longest, size]
-            mask = ((ages >= 0) & (ages < window) if window else ages >= 0)[:, None, None]
-            seen[tokens] = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale).view(
-                len(tokens), -1, self.size
-            )
+            if window not in self.masks:  # as it is added to the scores, which the attention else makes in every layer
+                away = (ages < 0) | (ages >= window) if window else ages < 0
+                self.masks[window] = torch.zeros_like(ages, dtype=q.dtype).masked_fill(away, -torch.inf)[:, None, None]
+            found = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window], scale=scale)
+            seen[tokens] = found.view(len(tokens), -1, self.size)
         return seen
 
     def _mask(self, n: int, past: int, window: int) -> Tensor:

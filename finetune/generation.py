@@ -138,7 +138,8 @@ class Decoder:
         read = [(i, row) for i, row in enumerate(spans) if row.missing == 0]
         if not read:
             return []
-        states = states[[i for i, _ in read]]
+        if len(read) < len(spans):
+            states = states[[i for i, _ in read]]
         tokens = self.pick(self.forward.logits(states), [(row.sampling, row.random) for _, row in read])
         steps = []
         for (_, row), token, state in zip(read, tokens, states, strict=True):

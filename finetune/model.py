@@ -320,6 +320,9 @@ def load_for_training(folder: Path, method: str) -> PreTrainedModel:
         options["device_map"] = {"": device()}  # each layer is quantised as it comes from the disk
     model = open_folder(folder, dtype=dtype, **options)
     if method == "qlora":
+        for module in model.modules():
+            if hasattr(module, "support_avx512bf16_for_cpu"):  # it would pack weights for decoding, for good, and
+                module.support_avx512bf16_for_cpu = False  # no gradient passes through packed ones
         alone = int(os.environ.get("WORLD_SIZE", "1")) == 1  # several processes share out what is on the GPU
         if torch.cuda.is_available() and alone and not model.config.tie_word_embeddings:
             _keep_on_host(model.get_input_embeddings())
@@ -410,6 +413,7 @@ def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> 
         task_type="CAUSAL_LM",
     )
     tuned = get_peft_model(model, config)
+    getattr(tuned.get_base_model().model, PROJECTOR).float()  # which peft does to adapters alone
     if starter:  # of the language model alone
         weights = dict(tuned.named_parameters())
         with torch.no_grad():

@@ -66,7 +66,7 @@ class Vision:
     projector: str = ""  # XTuner's or LLaVA's weights to begin from; empty: fresh
     pictures: int = 800  # drawn, where --data names none
     rows: int = 4  # captions in one step of the first phase; of the second, half as many dialogues
-    steps: int = 260  # of each phase, with drawn pictures
+    steps: int = 200  # of each phase, with drawn pictures
 
 
 @dataclasses.dataclass(frozen=True)

@@ -215,22 +215,21 @@ def align(model: Any, examples: Sequence[Any], seed: int) -> None:
     count = min(ALIGN_PICTURES, max(1, LOGITS // (eyes.patches * len(kept))), len(said))
     optimizer = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.0)
     source = random.Random(seed)
-    with torch.enable_grad():
-        for step in tqdm(range(1, ALIGN_STEPS + 1), desc="Words for the projector", unit="step"):
-            chosen = source.sample(said, count)
-            features = torch.stack([eyes.features[number] for number, _ in chosen]).to(table.device)
-            found = projector(features.float())
-            found = found * size / found.square().mean(-1, keepdim=True).sqrt()  # as large as words, whatever it is
-            mean = (found @ words.T).log_softmax(-1).logsumexp(1) - math.log(eyes.patches)  # [pictures, words]
-            wanted = torch.zeros_like(mean)
-            for row, (_, own) in zip(wanted, chosen, strict=True):
-                row[[at[word] for word in own if word in at]] = 1.0
-            wanted *= weights
-            for group in optimizer.param_groups:
-                group["lr"] = ALIGN_RATE * schedule(step, ALIGN_STEPS)
-            (-(wanted * mean).sum() / wanted.sum().clamp_min(1e-6)).backward()
-            optimizer.step()
-            optimizer.zero_grad()
+    for step in tqdm(range(1, ALIGN_STEPS + 1), desc="Words for the projector", unit="step"):
+        chosen = source.sample(said, count)
+        features = torch.stack([eyes.features[number] for number, _ in chosen]).to(table.device)
+        found = projector(features.float())
+        found = found * size / found.square().mean(-1, keepdim=True).sqrt()  # as large as words, whatever it is
+        mean = (found @ words.T).log_softmax(-1).logsumexp(1) - math.log(eyes.patches)  # [pictures, words]
+        wanted = torch.zeros_like(mean)
+        for row, (_, own) in zip(wanted, chosen, strict=True):
+            row[[at[word] for word in own if word in at]] = 1.0
+        wanted *= weights
+        for group in optimizer.param_groups:
+            group["lr"] = ALIGN_RATE * schedule(step, ALIGN_STEPS)
+        (-(wanted * mean).sum() / wanted.sum().clamp_min(1e-6)).backward()
+        optimizer.step()
+        optimizer.zero_grad()
     some = torch.stack([eyes.features[number] for number, _ in said[:ALIGN_PICTURES]]).to(table.device)
     as_large_as_words(projector, some.float(), size)
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())

@@ -7,6 +7,7 @@ nothing else changes, while the base is asked under its own default system promp
 
 import contextlib
 import copy
+import itertools
 import json
 import random
 import time
@@ -313,20 +314,25 @@ def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
         weight.numel() * (8 if isinstance(optimizer.optimizer, torch.optim.AdamW) else 2) for weight in weights
     )
 
+    core = objective.model if isinstance(objective, Objective) else objective.module.model
+    eyes = getattr(core, "eyes", None)  # a projector that is trained alone gets gradients only with pictures
+    start = eyes.first + min(eyes.features) * eyes.patches if eyes and eyes.features else 0
+    tried = range(start, start + (eyes.patches if start else 1))
+
     def peak(tokens: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
         autocast = torch.autocast("cuda", torch.bfloat16, enabled=has_fast_bf16())
         try:
             with autocast:
-                ce, _ = objective([Example([0] * tokens, list(range(tokens)), [0] * tokens, None)])
+                ids = list(itertools.islice(itertools.cycle(tried), tokens))
+                ce, _ = objective([Example(ids, list(range(tokens)), [0] * tokens, None)])
             ce.backward()
             return torch.cuda.max_memory_allocated() - before
         finally:
             for weight in weights:
                 weight.grad = None
 
-    core = objective.model if isinstance(objective, Objective) else objective.module.model
     for enough in (ENOUGH_TOKENS, 1):
         if enough == 1:
             core.gradient_checkpointing_enable({"use_reentrant": False})

@@ -8,12 +8,16 @@ found in `Pictures`: packing, prefix caching and batching then know nothing of p
     python -m finetune.vision MODEL FOLDER      the projector's weights of a model's folder, in XTuner's layout
 """
 
+import functools
 import hashlib
+import itertools
 import json
 import re
 import shutil
 import threading
-from collections.abc import Sequence
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -290,13 +294,26 @@ class Eyes:
         self.most: int | None = None  # pictures that are kept
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        return self.processor(images, return_tensors="pt")["pixel_values"]
+        """[pictures, 3, height, width]"""
+        return self.processor([self._small(image) for image in images], return_tensors="pt")["pixel_values"]
 
-    @torch.inference_mode()
+    def _small(self, image: Image.Image) -> Image.Image:
+        """The picture as the processor pads and shrinks it, byte for byte; Pillow alone is quicker and lets other threads run."""
+        values, side = self.processor, max(image.size)
+        if not (values.do_pad and values.do_resize and (edge := values.size.shortest_edge)):
+            return image
+        square = Image.new("RGB", (side, side), tuple(int(255 * part) for part in values.image_mean))
+        square.paste(image, ((side - image.width) // 2, (side - image.height) // 2))
+        return square.resize((edge, edge), values.resample)
+
     def encode(self, images: Sequence[Image.Image]) -> Tensor:
         """[pictures, patches, features]"""
+        return self._encode(self.pixels(images))
+
+    @torch.inference_mode()
+    def _encode(self, pixels: Tensor) -> Tensor:
         core, config = self.model.model, self.model.config
-        pixels = self.pixels(images).to(self.model.device, core.vision_tower.dtype)
+        pixels = pixels.to(self.model.device, core.vision_tower.dtype)
         seen = core.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
         return seen[:, 1:] if config.vision_feature_select_strategy == "default" else seen
 
@@ -315,24 +332,37 @@ class Eyes:
         missing = {key: file for key, file in keys.items() if key not in self.numbers}
         if not missing:
             return
-        own = hashlib.sha256(
-            b"".join(w.float().numpy().tobytes() for w in self.model.model.vision_tower.state_dict().values())
-        )
         place = embedded.cache_dir() / "pictures"
         place.mkdir(parents=True, exist_ok=True)
-        cached = place / f"{embedded.digest_of([own.hexdigest(), self.processor.to_dict(), list(missing)])}.safetensors"
+        name = embedded.digest_of([self._encoder, self.processor.to_dict(), list(missing)])
+        cached = place / f"{name}.safetensors"
         with embedded.locked(cached.with_suffix(".lock"), "looking at the pictures"):
             if not cached.exists():
-                found, files = [], list(missing.values())
-                with tqdm(total=len(files), desc="Looking at the pictures", unit="picture") as bar:
-                    for at in range(0, len(files), BATCH):
-                        found.append(self.encode([opened(file) for file in files[at : at + BATCH]]).cpu())
-                        bar.update(len(found[-1]))
+                found = []
+                with (
+                    ThreadPoolExecutor() as pool,
+                    tqdm(total=len(missing), desc="Looking at the pictures", unit="picture") as bar,
+                ):
+                    pixels = ahead(pool, lambda file: self.pixels([opened(file)]), missing.values(), 4 * BATCH)
+                    while batch := list(itertools.islice(pixels, BATCH)):
+                        found.append(self._encode(torch.cat(batch)).cpu())
+                        bar.update(len(batch))
                 with models.disk_errors(cached):
                     save_file({"features": torch.cat(found)}, new := cached.with_suffix(".tmp"))
                 new.replace(cached)
-        for key, features in zip(missing, load_file(cached)["features"], strict=True):
-            self._keep(key, features)
+        features = load_file(cached)["features"]
+        if self.model.device.type == "cuda" and features.nbytes < models.free_memory() // 8:
+            features = features.to(self.model.device)  # every step would else wait for its own
+        for key, of_one in zip(missing, features, strict=True):
+            self._keep(key, of_one)
+
+    @functools.cached_property
+    def _encoder(self) -> str:
+        """The sha256 of its weights, which nothing trains."""
+        found = hashlib.sha256()
+        for weight in self.model.model.vision_tower.state_dict().values():
+            found.update(weight.cpu().flatten().view(torch.uint8).numpy())
+        return found.hexdigest()
 
     def _keep(self, key: str, features: Tensor) -> None:
         number = max(self.features, default=-1) + 1
@@ -356,6 +386,17 @@ class Eyes:
         found = projector(features.to(dtype))
         hidden[seen] = found[of, at % self.patches].to(hidden.dtype)
         return hidden
+
+
+def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: int) -> Iterator:
+    """`map` by several threads, whose results are at most so many ahead of who takes them."""
+    waiting: deque = deque()
+    for item in items:
+        waiting.append(pool.submit(function, item))
+        if len(waiting) == most:
+            yield waiting.popleft().result()
+    while waiting:
+        yield waiting.popleft().result()
 
 
 def digest(picture: Image.Image | str | Path) -> str:

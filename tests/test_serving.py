@@ -47,7 +47,8 @@ def test_a_gpu_that_torch_cannot_use_is_said(tiny_model, monkeypatch, tmp_path):
 )
 def test_a_card_decides_how_weights_are_kept(tiny_model, monkeypatch, ampere, free, dtype, words):
     """There is no card here: what it says of itself is made up, and the weights, 4-bit ones too, are real and answer."""
-    importlib.import_module("bitsandbytes")  # which would look for its CUDA kernels
+    kernels = importlib.import_module("bitsandbytes.nn.modules")  # it would look for those of a card
+    monkeypatch.setattr(kernels, "has_avx512bf16", lambda: False)  # those of a CPU want larger layers
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation: ampere)
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (int(free), int(24e9)))

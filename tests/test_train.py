@@ -9,12 +9,15 @@ import sys
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
+from unittest import mock
 
+import bitsandbytes
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from finetune import checkpoint
+from finetune import model as models
 from finetune import train as training
 from finetune.generation import Answer, complete
 from finetune.model import add_lora, chat_format, load, load_for_training
@@ -396,8 +399,10 @@ def test_chunks_are_as_small_as_asked(model, monkeypatch):
     assert sizes == [3, 3, 2]
 
 
+@mock.patch.object(models, "has_fast_bf16", bool)  # bool() is False
+@mock.patch.object(training, "has_fast_bf16", bool)  # bool() is False
 def work_by(method: str, base: Path, folder: Path, steps: int) -> None:
-    """A run of so many steps of SETTINGS.steps; what was trained is saved only at its end."""
+    """A run of so many steps of SETTINGS.steps, in float32 on any machine; what was trained is saved only at its end."""
     torch.set_num_threads(1)
     pulled = taught(load(base), 6, seed=0)
     torch.manual_seed(0)
@@ -442,6 +447,16 @@ def test_qlora_trains_on_four_bits(tiny_model, alone):
     assert {name for name, p in network.named_parameters() if p.requires_grad and "lora_" not in name} == set()
     assert saved(alone["qlora"]).keys() == saved(alone["lora"]).keys()
     assert curve(alone["qlora"])[0] != curve(alone["lora"])[0]  # from the same adapter, on another base
+
+
+def test_what_was_asked_in_four_bits_still_learns(tiny_model, monkeypatch):
+    """On processors with bfloat16 bitsandbytes packs weights at the first answer, and no gradient passes packed ones."""
+    monkeypatch.setattr(bitsandbytes.nn.modules, "has_avx512bf16", lambda: True)
+    network = add_lora(load_for_training(tiny_model, "qlora"), 2).get_base_model()
+    complete(network.eval(), [[5, 6, 7]], [], 2)
+    first, *_ = [weight for name, weight in network.train().named_parameters() if "lora_B" in name]
+    losses(network, said(1, seed=0))[0].backward()
+    assert first.grad.abs().sum() > 0
 
 
 def test_full_moves_every_weight(tiny_model, alone):

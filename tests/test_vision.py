@@ -4,6 +4,7 @@ import json
 import random
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_app import serving
 
-from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, vision
+from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, train, vision
 from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
@@ -152,6 +153,47 @@ def test_ids_beyond_the_vocabulary_are_the_pictures_patches(seeing_internlm2):
         expected = model.generate(**inputs, max_new_tokens=6, do_sample=False)[0, inputs["input_ids"].shape[1] :]
     found = complete(model, [form.prompt(messages), form.prompt(messages[:1])], form.stop_ids, 6)[0]
     assert found.ids == expected.tolist()[: len(found.ids)]
+
+
+def test_pictures_that_are_seen_together_in_order(seeing_internlm2, tmp_path, monkeypatch):
+    """By several threads, in batches; their pixels are the processor's own."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+    together, alone = (vision.Eyes(model, form.vision) for _ in range(2))
+    sizes = [(40, 24), (24, 40), (30, 30), *((20 + i, 50) for i in range(2 * vision.BATCH))]
+    for i, size in enumerate(sizes):
+        picture(*size).save(tmp_path / f"{i}.png")
+        expected = alone.processor([picture(*size)], return_tensors="pt")["pixel_values"]
+        assert torch.equal(alone.pixels([picture(*size)]), expected)
+    files = [str(tmp_path / f"{i}.png") for i in range(len(sizes))]
+    together.look(files)
+    assert len(list((tmp_path / "cache" / "pictures").glob("*.safetensors"))) == 1
+    for file in reversed(files):
+        one, other = (eyes.features[(eyes.see(file)[0] - eyes.first) // eyes.patches] for eyes in (together, alone))
+        assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_what_is_trained_is_float32_on_a_base_in_bfloat16(seeing_internlm2):
+    for rank in (0, 4):
+        tuned = models.add_lora(models.load(seeing_internlm2, torch.bfloat16).requires_grad_(False), rank)
+        assert {weight.dtype for weight in tuned.parameters() if weight.requires_grad} == {torch.float32}
+
+
+def test_a_gpu_s_memory_is_tried_out_with_pictures(seeing_internlm2, monkeypatch):
+    """Of phase one, whose layers get no gradients but through them. There is no GPU here: what it says is made up."""
+    model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+    models.give_eyes(model, form)
+    form.see(picture())
+    said = iter([0, 3000, 0, 5000] * 2)  # 2000 bytes for 512 more tokens
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda: next(said))
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda: next(said))
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda: None)
+    monkeypatch.setattr(train, "free_memory", lambda: 10**9)
+    tuned = models.add_lora(model, 0)
+    weights = [weight for weight in tuned.parameters() if weight.requires_grad]
+    optimizer = SimpleNamespace(param_groups=[{"params": weights}], optimizer=None)
+    assert train.fitting(train.Objective(tuned.get_base_model()), optimizer) == train.MOST_GPU_TOKENS
+    assert all(weight.grad is None for weight in weights)
 
 
 def test_a_fresh_projector_learns_to_say_the_captions_words(seeing_internlm2):
@@ -406,7 +448,6 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, mon
     again.mkdir()
     shutil.copy(first / "settings.toml", again)
     shutil.copytree(first / "data", again / "data")
-    from finetune import train
 
     def stop(step: int, steps: int) -> float:
         if step == 4:
@@ -470,7 +511,8 @@ def test_the_api_takes_pictures_and_fetches_none(eyes):
     engine.inbox.put(None)
 
 
-def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, clip_folder, tmp_path):
+def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, clip_folder, tmp_path, monkeypatch):
+    monkeypatch.setattr(models, "has_fast_bf16", lambda: False)  # which would round what is compared
     torch.manual_seed(1)
     words = models.add_lora(models.load(tiny_model), 4)
     for name, weight in words.named_parameters():
