@@ -12,7 +12,7 @@ from finetune import embedded, transfer
 from finetune.errors import GateRefused, UserError
 from finetune.places import MANIFEST, Place
 from finetune.report import model_card
-from finetune.run_folder import Run
+from finetune.run_folder import RESTORE, Run
 from finetune.transfer import Source
 
 ADAPTER = ("adapter_config.json", "adapter_model.safetensors", "namesake.json")
@@ -43,13 +43,13 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     if what in ("adapter", "both"):
         if adapter.is_dir():
             prefix = "adapter/" if what == "both" else ""
-            chosen |= {prefix + name: _source(run, adapter / name, receipt) for name in ADAPTER}
+            chosen |= {prefix + name: _source(adapter / name, receipt) for name in ADAPTER}
             chosen |= {name: made[name] for name in TOKENIZER}
         else:
             problems.append(f"There is no adapter in {run.folder}: publish --what model.")
     if with_data:
         names = ("train.jsonl", "probes.jsonl")
-        chosen |= {f"data/{name}": _source(run, run.folder / "data" / name, receipt) for name in names}
+        chosen |= {f"data/{name}": _source(run.folder / "data" / name, receipt) for name in names}
     for name, source in chosen.items():
         if not source.data.is_file() or source.data.stat().st_size != source.size:
             mend = run.mend(source.data.relative_to(run.folder).as_posix())
@@ -76,11 +76,11 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     return chosen
 
 
-def _source(run: Run, path: Path, receipt: dict[str, Any]) -> Source:
+def _source(path: Path, receipt: dict[str, Any]) -> Source:
     """By the run's own record; small files that it does not record are read."""
     recorded = {"adapter_model.safetensors": receipt.get("adapter_sha256"), **receipt.get("data", {})}.get(path.name)
     if not path.is_file():
-        raise UserError(f"{path} is missing: {run.mend(path.relative_to(run.folder).as_posix())}.")
+        raise UserError(f"{path} is missing: {RESTORE}.")
     return Source(path, path.stat().st_size, recorded or embedded.sha256(path))
 
 

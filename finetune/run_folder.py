@@ -11,6 +11,7 @@ from typing import Any
 from finetune import settings
 from finetune.errors import UserError
 
+RESTORE = "restore it from a copy, or make the run again in another folder (--run)"
 ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
 
 
@@ -163,7 +164,7 @@ class Run:
         """What to do about a file of the run that is not as it was made."""
         if name.startswith("model/") and self.settings.method != "full":  # it is merged again from the adapter
             return f"remove {quoted(self.folder / 'model')} and run '{self.command}', which makes it again"
-        return "restore it from a copy, or make the run again in another folder (--run)"
+        return RESTORE
 
     def write(self, name: str, value: Any) -> None:
         new = self.folder / f"{name}.tmp"

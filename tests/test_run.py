@@ -362,6 +362,32 @@ def test_a_run_never_overwrites_another(start, world):
     assert list(world.rglob("*")) == [world / "runs", folder, *folder.iterdir()]
 
 
+@pytest.mark.parametrize(
+    "name, mend",
+    [
+        ("receipt.json", "restore it from a copy, or make the run again in another folder (--run)."),
+        ("scorecard.json", "restore it from a copy, or make the run again in another folder (--run)."),
+        (
+            "model/manifest.json",
+            "remove r/model and run 'python finetune/run.py --run r', which makes it again.",
+        ),
+    ],
+)
+@pytest.mark.parametrize("left", [b"{", b"\xff", None])
+def test_a_damaged_record_is_refused_in_words(start, world, name, mend, left):
+    folder = make_run(world / "r", "model")
+    for file in ("receipt.json", "scorecard.json", "model/manifest.json"):
+        (folder / file).write_text('{"gate": {"passed": true}, "files": {}}')
+    (folder / name).write_bytes(left) if left else (folder / name).unlink()
+    status, (line,) = start("publish", "--run", "r", "--to", "dir:x")
+    assert status == 2
+    if left is None and "/" not in name:
+        assert line == f"error: The run in r has no {name} yet: run 'python finetune/run.py --run r' first."
+    else:
+        assert line.startswith(f"error: r/{name} is damaged or gone (")
+        assert line.endswith(f"): {mend}")
+
+
 def test_a_run_without_data_yet_may_change_its_settings(start, world, tiny_model):
     make_run(world / "runs" / "小月")
     assert start("check", "--run", "runs/小月", "--seed", 5, "--base", tiny_model, "--set", "train.starter=''")[0] == 0
@@ -506,32 +532,6 @@ def test_a_damaged_settings_file_is_refused_in_words(start, world):
     status, lines = start("train", "--run", "r")
     assert status == 2
     assert lines[0].startswith("error: r/settings.toml is not valid TOML: ")
-
-
-@pytest.mark.parametrize(
-    "name, mend",
-    [
-        ("receipt.json", "restore it from a copy, or make the run again in another folder (--run)."),
-        ("scorecard.json", "restore it from a copy, or make the run again in another folder (--run)."),
-        (
-            "model/manifest.json",
-            "remove r/model and run 'python finetune/run.py --run r', which makes it again.",
-        ),
-    ],
-)
-@pytest.mark.parametrize("left", [b"{", b"\xff", None])
-def test_a_damaged_record_is_refused_in_words(start, world, name, mend, left):
-    folder = make_run(world / "r", "model")
-    for file in ("receipt.json", "scorecard.json", "model/manifest.json"):
-        (folder / file).write_text('{"gate": {"passed": true}, "files": {}}')
-    (folder / name).write_bytes(left) if left else (folder / name).unlink()
-    status, (line,) = start("publish", "--run", "r", "--to", "dir:x")
-    assert status == 2
-    if left is None and "/" not in name:
-        assert line == f"error: The run in r has no {name} yet: run 'python finetune/run.py --run r' first."
-    else:
-        assert line.startswith(f"error: r/{name} is damaged or gone (")
-        assert line.endswith(f"): {mend}")
 
 
 # -------------------------------------------------------------------------------------------------- exit statuses
