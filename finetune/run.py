@@ -298,8 +298,12 @@ def open_run(args: argparse.Namespace) -> Run:
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]
     with problems.collect():
-        if args.preset or args.base is None or args.base in settings.preset_names():
-            layers.insert(0, settings.preset(args.preset or args.base or settings.DEFAULT_PRESET))
+        known = args.preset or checks.preset_of(args.base or settings.DEFAULT_PRESET)
+        if known:
+            layers.insert(0, settings.preset(known))
+            if not stored and args.base not in (None, known) and not args.preset:
+                say(f"The base is {known}: its preset is used; --preset takes another. / 已识别基座，使用其预设。")
+                args.preset = known  # of a chain, which asks twice, it is said once
         elif args.task == "vision":
             layers.insert(0, phase_one(args.base))
     for assignment in args.set:

@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import pty
 import shutil
@@ -247,6 +248,49 @@ def test_on_a_terminal_the_end_of_input_is_no_answer():
 
 
 # ----------------------------------------------------------------------------------------------------------- base
+
+
+DEFAULT, CHAT = settings.DEFAULT_PRESET, "internlm2-chat-1_8b"
+
+
+@pytest.mark.parametrize(
+    "base, preset",
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", DEFAULT),
+        ("hf:HuggingFaceTB/SmolLM2-135M-Instruct@main", DEFAULT),
+        ("openxlab:OpenLMLab/internlm2-chat-1.8b,hf:internlm/internlm2-chat-1_8b", CHAT),
+        ("cache", DEFAULT),
+        ("dir:converted", CHAT),
+    ],
+)
+def test_a_base_by_its_name_on_a_hub_or_as_a_folder_has_its_preset(capsys, world, base, preset):
+    for folder, name in (
+        ("cache", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("converted", "internlm/internlm2-chat-1_8b"),
+    ):
+        (world / folder).mkdir()
+        (world / folder / "origin.json").write_text(json.dumps({"base_model": name, "license": "x"}))
+    args = run.parse([*PERSONA, "--base", base])
+    for said in (f"The base is {preset}: its preset is used; --preset takes another. / 已识别基座，使用其预设。\n", ""):
+        found = run.open_run(args).settings  # twice, as a chain of tasks does
+        assert found == settings.build(
+            settings.preset(preset), {"base": base, "persona": {"name": "小月", "author": "测试员"}}
+        )
+        assert capsys.readouterr().err == said
+    chosen = run.open_run(run.parse([*PERSONA, "--base", base, "--preset", "qwen3-0.6b"])).settings
+    assert chosen.train == settings.Train()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("record", [None, "manifest.json", "origin.json"])
+def test_a_model_that_was_made_from_it_and_other_folders_have_none(capsys, world, record):
+    (folder := world / "SmolLM2-135M-Instruct").mkdir()
+    if record:
+        values = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+        (folder / record).write_text(json.dumps(values if record == "manifest.json" else {"origin": "elsewhere"}))
+    found = run.open_run(run.parse([*PERSONA, "--base", str(folder)])).settings
+    assert found.train == settings.Train()
+    assert capsys.readouterr().err == ""
 
 
 def test_check_finds_nothing_wrong_and_leaves_nothing(start, world, tiny_model):
