@@ -143,6 +143,8 @@ def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     if rank != values.rank:
         return [f"The starter {values.starter} has rank {rank} and train.rank is {values.rank}; set train.rank={rank}."]
     made_for = json.loads((folder / "namesake.json").read_text())
+    if made_for["base"] in _hub_names(run.settings.base):
+        return []  # the same model, in more bits than the embedded one, which it was trained on
     if base_is_there and made_for["base_sha256"] != run.language_sha256:
         return [
             f"The starter {values.starter} was made for {made_for['base']}, and {run.settings.base} is another base; "

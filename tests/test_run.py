@@ -282,6 +282,15 @@ def test_a_base_by_its_name_on_a_hub_or_as_a_folder_has_its_preset(capsys, world
     assert capsys.readouterr().err == ""
 
 
+@pytest.mark.parametrize(
+    "base, fits", [("hf:HuggingFaceTB/SmolLM2-135M-Instruct@main", True), ("HuggingFaceTB/SmolLM2-360M", False)]
+)
+def test_the_starter_fits_its_base_in_more_bits(world, base, fits):
+    opened = checks.Run(world / "r", settings.build(settings.preset(DEFAULT), {"base": base}))
+    opened.__dict__["language_sha256"] = "ab" * 32  # not the embedded one's, which was de-quantized
+    assert (checks.starter_problems(opened, base_is_there=True) == []) == fits
+
+
 @pytest.mark.parametrize("record", [None, "manifest.json", "origin.json"])
 def test_a_model_that_was_made_from_it_and_other_folders_have_none(capsys, world, record):
     (folder := world / "SmolLM2-135M-Instruct").mkdir()
