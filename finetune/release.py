@@ -3,6 +3,7 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -60,7 +61,9 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     card = model_card(run, origin, manifest["proof"], manifest["base_sha256"], sent)
     chosen["README.md"] = transfer.source(card.encode())
     if place.kind == "openxlab":
-        chosen[METAFILE] = transfer.source(yaml.safe_dump(metafile(run, origin, place), allow_unicode=True).encode())
+        chosen[METAFILE] = transfer.source(
+            yaml.safe_dump(metafile(run, origin, place, chosen), allow_unicode=True).encode()
+        )
     base_ref = embedded.NAME if run.settings.base == embedded.NAME else origin["base_model"]
     described = {
         **{key: value for key, value in manifest.items() if key != "files"},
@@ -83,15 +86,20 @@ def _source(path: Path, receipt: dict[str, Any]) -> Source:
     return Source(path, path.stat().st_size, recorded or embedded.sha256(path))
 
 
-def metafile(run: Run, origin: dict[str, str], place: Place) -> dict[str, Any]:
-    """OpenXLab's description of a repository."""
+def metafile(run: Run, origin: dict[str, str], place: Place, names: Iterable[str]) -> dict[str, Any]:
+    """OpenXLab's description of a repository that holds files of these names."""
+    from finetune.model import sees
+
     repository = place.ref.removeprefix("openxlab:").partition("@")[0]
-    identity = run.read("scorecard.json")["tuned"]["identity"]
-    result = {"Task": "text-generation", "Dataset": "self-cognition", "Metrics": {"identity": identity}}
+    figure, dataset = ("identity", "self-cognition") if run.named else ("loss", "own data")
+    metrics = {figure: run.read("scorecard.json")["tuned"].get(figure)}
+    task = "image-text-to-text" if sees(run.folder / "model") else "text-generation"
+    result = {"Task": task, "Dataset": dataset, "Metrics": metrics}
     about = {"Name": repository.partition("/")[2], "License": origin["license"], "Framework": ["Pytorch"]}
+    weights = ", ".join(sorted(name for name in names if name.endswith(".safetensors")))
     return {
         "Collections": [{**about, "Code": {"URL": f"https://openxlab.org.cn/models/detail/{repository}"}}],
-        "Models": [{"Name": run.persona.name, "Weights": "model.safetensors", "Results": [result]}],
+        "Models": [{"Name": run.title, "Weights": weights, "Results": [result]}],
     }
 
 

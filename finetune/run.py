@@ -260,7 +260,7 @@ def publish(run: Run, args: argparse.Namespace) -> int:
         _, send, remove, _ = hub.changes(args.to, files)
         print("\n".join(hub.listed(send, remove)))
         return 0
-    revision = hub.publish(args.to, files, f"{run.persona.name}: {args.what}")
+    revision = hub.publish(args.to, files, f"{run.title}: {args.what}")
     published = run.read("receipt.json").get("published", {})
     run.note(published={**published, args.to: {"what": args.what, "revision": revision}})
     say(f"Published 已发布: {args.to}{f' (commit {revision})' if revision else ''}")
