@@ -57,6 +57,9 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--api-origin", action="append", default=(env("API_ORIGINS") or "").split(), metavar="ORIGIN",
                         help="of a page whose scripts may call /v1; may be given again")  # fmt: skip
     args = parser.parse_args(arguments)
+    if args.engine and args.adapter:
+        say("error: --adapter is for decoding here, and --engine decodes elsewhere: leave one of them out.")
+        return 2
     newest = None if args.adapter else deployed() or newest_run()
     if args.engine:
         from finetune.remote import Remote

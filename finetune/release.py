@@ -10,7 +10,7 @@ from typing import Any
 import yaml
 
 from finetune import embedded, transfer
-from finetune.errors import GateRefused, UserError
+from finetune.errors import GateRefused, Problems, UserError
 from finetune.places import MANIFEST, Place
 from finetune.report import model_card
 from finetune.run_folder import Run
@@ -37,25 +37,28 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     manifest, receipt = run.read(f"model/{MANIFEST}"), run.read("receipt.json")
     model, adapter = run.folder / "model", run.folder / "adapter"
     chosen: dict[str, Source] = {}
-    problems = []
+    own: dict[str, Path] = {}
+    problems = Problems()
     made = {name: Source(model / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     if what in ("model", "both"):
         chosen |= {name: source for name, source in made.items() if name != "README.md"}
     if what in ("adapter", "both"):
         if adapter.is_dir():
             prefix = "adapter/" if what == "both" else ""
-            chosen |= {prefix + name: _source(adapter / name, receipt) for name in ADAPTER}
+            own |= {prefix + name: adapter / name for name in ADAPTER}
             chosen |= {name: made[name] for name in TOKENIZER}
         else:
-            problems.append(f"There is no adapter in {run.folder}: publish --what model.")
+            problems.found.append(f"There is no adapter in {run.folder}: publish --what model.")
     if with_data:
         names = ("train.jsonl", "probes.jsonl")
-        chosen |= {f"data/{name}": _source(run.folder / "data" / name, receipt) for name in names}
-    for name, source in chosen.items():
+        own |= {f"data/{name}": run.folder / "data" / name for name in names}
+    for name, path in own.items():
+        with problems.collect():
+            chosen[name] = _source(path, receipt)
+    for name, source in list(chosen.items()):
         if not source.data.is_file() or source.data.stat().st_size != source.size:
-            problems.append(f"{source.data} is not what the run made ({name}): make the run's model again.")
-    if problems:
-        raise UserError(*problems)
+            problems.found.append(f"{source.data} is not what the run made ({name}): make the run's model again.")
+            del chosen[name]
     origin = {key: manifest[key] for key in ("base_model", "license")}
     sent = {"to": place, "what": what, "why": why, "with_data": with_data}
     card = model_card(run, origin, manifest["proof"], manifest["base_sha256"], sent)
@@ -73,8 +76,8 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
         "files": {name: {"size": s.size, "sha256": s.sha256} for name, s in sorted(chosen.items())},
     }
     chosen[MANIFEST] = transfer.source(json.dumps(described, ensure_ascii=False, indent=1).encode())
-    if problems := private(run, chosen):
-        raise UserError(*problems)
+    problems.found += private(run, chosen)
+    problems.stop_if_any()
     return chosen
 
 

@@ -118,6 +118,26 @@ def test_importing_the_command_line_leaves_the_path_alone():
             ["Unknown flag --bse; did you mean --base?", "Unknown flag -q; see python finetune/run.py --help."],
         ),
         (["data", "train", "merge"], ["One stage at a time: leave out train merge."]),
+        (
+            ["train", "--seed", "x", "--nmae=y", "--what", "all"],
+            [
+                "Unknown flag --nmae; did you mean --name?",
+                "--seed is 'x'; it must be a whole number.",
+                "--what is 'all'; it must be model or adapter or both.",
+            ],
+        ),
+        (["train", "--dry-run"], ["--dry-run goes with publish or deploy: leave it out, or name that stage."]),
+        (
+            ["check", "--verify", "--with-data", "--what", "adapter", "--to", "x"],
+            [
+                "--to goes with publish or deploy: leave it out, or name that stage.",
+                "--what goes with publish: leave it out, or name that stage.",
+                "--with-data goes with publish: leave it out, or name that stage.",
+                "--verify goes with pull: leave it out, or name that stage.",
+            ],
+        ),
+        (["--force", "x"], ["--force goes with publish or deploy: leave it out, or name that stage."]),
+        (["deploy", "--what", "model"], ["--what goes with publish: leave it out, or name that stage."]),
     ],
     ids=" ".join,
 )
@@ -129,7 +149,7 @@ def test_stages_and_flags_that_do_not_exist_are_refused_in_words(start, world, a
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--to"], "argument --to: expected one argument"),
         (["--name"], "argument --name: expected one argument"),
     ],
 )
@@ -559,6 +579,64 @@ def test_a_damaged_settings_file_is_refused_in_words(start, world):
     status, lines = start("train", "--run", "r")
     assert status == 2
     assert lines[0].startswith("error: r/settings.toml is not valid TOML: ")
+
+
+def refused_run(folder: Path, **values: object) -> Path:
+    """A run that the gate refused, without its model."""
+    made = make_run(folder, "data", **values)
+    gate = {"passed": False, "reasons": ["kl 0.3 is too much"]}
+    (made / "scorecard.json").write_text(json.dumps({"gate": gate}))
+    return made
+
+
+def test_publish_tells_all_that_stands_in_its_way(start, world):
+    refused_run(world / "r")
+    gate = [
+        "error: gate: kl 0.3 is too much",
+        'error: The run is not published. Train it better, or publish it with --force "why"; the model card will say so.',
+    ]
+    missing = "error: The run in r has no model, receipt.json yet: run 'python finetune/run.py --run r' first."
+    where = "error: Say where to publish to, for example: --to openxlab:user/name (or hf: modelscope: git+URL dir:PATH)"
+    assert start("publish", "--run", "r") == (2, [where, missing, *gate])
+    status, lines = start("publish", "--run", "r", "--to", "git+ftp://a/b")
+    assert (status, lines[0], lines[2:]) == (2, missing, gate)
+    assert "'git+ftp://a/b' is no git remote" in lines[1]
+
+
+def test_publish_of_files_that_are_missing_names_all(start, world):
+    made = refused_run(world / "r")
+    (made / "model").mkdir()
+    (made / "adapter").mkdir()
+    (made / "receipt.json").write_text("{}")
+    (made / "metrics.jsonl").write_text('{"step": 1}\n')
+    names = ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    files = {name: {"size": 1, "sha256": "ab" * 32} for name in names}
+    proof = {"max_logit_difference": 0.0, "equal_greedy_tokens": 1.0, "tokens": 1}
+    manifest = {"files": files, "proof": proof, "base_model": "b", "license": "x", "base_sha256": "ab"}
+    (made / "model" / "manifest.json").write_text(json.dumps(manifest))
+    side = {"answers": []}
+    card = {"base": side, "tuned": side, **json.loads((made / "scorecard.json").read_text())}
+    (made / "scorecard.json").write_text(json.dumps(card))
+    status, lines = start("publish", "--run", "r", "--to", "dir:there", "--what", "both", "--with-data")
+    paths = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/namesake.json"]
+    paths += ["data/train.jsonl", "data/probes.jsonl"]
+    assert (status, lines[:8]) == (
+        2,
+        [f"error: r/{path} is missing: make the run's model again." for path in paths]
+        + [f"error: r/model/{n} is not what the run made ({n}): make the run's model again." for n in names],
+    )
+    assert lines[8] == "error: gate: kl 0.3 is too much"
+
+
+def test_publish_calls_a_run_by_what_it_made(start, world, monkeypatch):
+    made = make_run(world / "r", "model", task="instruct", base="some-base")
+    (made / "scorecard.json").write_text(json.dumps({"gate": {"passed": True, "reasons": []}}))
+    (made / "receipt.json").write_text("{}")
+    said = []
+    monkeypatch.setattr("finetune.release.files", lambda *_: {})
+    monkeypatch.setattr("finetune.hub.publish", lambda to, files, message: said.append(message) or "c0ffee")
+    assert start("publish", "--run", "r", "--to", "dir:there")[0] == 0
+    assert said == ["some-base + instruct: model"]
 
 
 # -------------------------------------------------------------------------------------------------- exit statuses
