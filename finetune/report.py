@@ -12,22 +12,19 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import pictures, preview, sight
+from finetune.card import FIGURES
 from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
 from finetune.run_folder import Run, quoted
+from finetune.words import CHINESE
 
-FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
-    ("identity", "≥", "identity kept", "身份认知"),
-    ("leak", "≤", "name where it does not belong", "身份泄漏"),
-    ("parrot", "≤ base +", "answers alike", "鹦鹉学舌"),
-    ("kl", "≤", "KL(base ‖ tuned), nats/token", "与基座的偏移"),
-    ("facts_kept", "≥", "facts kept", "知识保留"),
-    ("sight", "≥", "pictures: right answers, worst kind asked", "看图答对（门限按最差的一类）"),
-    ("blind", "≤", "answers that noise does not change", "无视图片的回答"),
-    ("loss", "≤ base ×", "held-out rows, nats/token", "留出数据的损失"),
-    ("recall", "", "training texts continued word for word", "续写训练文本"),
-    ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
-)
+SIGNS = {  # of a figure's limit
+    **dict.fromkeys(("identity", "facts_kept"), "≥"),
+    **dict.fromkeys(("leak", "kl", "blind"), "≤"),
+    "sight": "worst kind ≥",
+    "parrot": "≤ base +",
+    "loss": "≤ base ×",
+}
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
 PICTURED = 3  # questions about pictures of each kind and language that the report shows
 SIDES = ("base", "tuned")
@@ -55,11 +52,11 @@ def figures(run: Run) -> list[dict[str, Any]]:
         {
             "key": key,
             "en": en,
-            "zh": zh,
-            "limit": f"{sign} {limits[key]:g}" if key in limits else "",
+            "zh": CHINESE[en],
+            "limit": f"{SIGNS[key]} {limits[key]:g}" if key in limits else "",
             **{side: text(side, key) for side in SIDES},
         }
-        for key, sign, en, zh in FIGURES
+        for key, en in FIGURES
         if key in limits or (key in UNLIMITED and any(sides[side].get(key) is not None for side in SIDES))
     ]
 
@@ -99,9 +96,7 @@ def added(run: Run) -> dict[str, Any]:
         for task in dict.fromkeys(tasks)
         if task != "identity"
     ]
-    rows += [
-        (en, through(lambda c, k=key: c.get(k))) for key, _, en, _ in FIGURES if key in ("recall", "reply", "identity")
-    ]
+    rows += [(en, through(lambda c, k=key: c.get(k))) for key, en in FIGURES if key in ("recall", "reply", "identity")]
     shown = []
     for kind in ("recall", "reply", "name"):
         asked = [entry for entry in after[-1]["answers"] if entry["kind"] == kind]
