@@ -331,7 +331,7 @@ def open_run(args: argparse.Namespace) -> Run:
         if known:
             layers.insert(0, settings.preset(known))
             if not stored and args.base not in (None, known) and not args.preset:
-                say(f"The base is {known}: its preset is used; --preset takes another. / 已识别基座，使用其预设。")
+                say(f"The base is {known}: its preset is used; --preset takes another. / 已识别底座，使用其预设。")
                 args.preset = known  # of a chain, which asks twice, it is said once
         elif args.task == "vision":
             layers.insert(0, phase_one(args.base))

@@ -292,7 +292,7 @@ def test_a_base_by_its_name_on_a_hub_or_as_a_folder_has_its_preset(capsys, world
         (world / folder).mkdir()
         (world / folder / "origin.json").write_text(json.dumps({"base_model": name, "license": "x"}))
     args = run.parse([*PERSONA, "--base", base])
-    for said in (f"The base is {preset}: its preset is used; --preset takes another. / 已识别基座，使用其预设。\n", ""):
+    for said in (f"The base is {preset}: its preset is used; --preset takes another. / 已识别底座，使用其预设。\n", ""):
         found = run.open_run(args).settings  # twice, as a chain of tasks does
         assert found == settings.build(
             settings.preset(preset), {"base": base, "persona": {"name": "小月", "author": "测试员"}}
