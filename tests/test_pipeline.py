@@ -55,6 +55,7 @@ def test_leaves_the_tree_and_says_what_came_of_it(tiny_run):
     assert done.returncode == 3, done.stderr  # a random model learns no name in four steps
     assert "error: gate: tuned model: identity" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
     assert "python app.py --model" in done.stdout
 
 
