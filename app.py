@@ -37,7 +37,7 @@ def deployed(folder: Path = Path(__file__).parent) -> str | None:
     return json.loads(manifest.read_text(encoding="utf-8"))["model"] if manifest.is_file() else None
 
 
-def main(arguments: list[str] | None = None) -> int:
+def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     env = os.environ.get
     parser = argparse.ArgumentParser(description="A page to chat with a model. 与模型对话的网页。")
     parser.add_argument(
@@ -56,12 +56,19 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--api-origin", action="append", default=(env("API_ORIGINS") or "").split(), metavar="ORIGIN",
                         help="of a page whose scripts may call /v1; may be given again")  # fmt: skip
-    args = parser.parse_args(arguments)
+    return parser.parse_args(arguments)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    args = parse(arguments)
+    if args.engine and args.adapter:
+        say("error: --adapter is for decoding here, and --engine decodes elsewhere: leave one of them out.")
+        return 2
     newest = None if args.adapter else deployed() or newest_run()
     if args.engine:
         from finetune.remote import Remote
 
-        engine: Engine = Remote(args.engine, args.model or newest, env("ENGINE_KEY"))
+        engine: Engine = Remote(args.engine, args.model or newest, os.environ.get("ENGINE_KEY"))
     else:
         engine = Engine(args.model or newest or DEFAULT_MODEL, args.adapter)
     try:
@@ -72,7 +79,7 @@ def main(arguments: list[str] | None = None) -> int:
         say(f"error: Port {args.port} cannot be opened: {why}. Choose another with --port.")
         return 2
     say(f"{engine.health()['model']}: http://localhost:{args.port}")
-    serve(engine, listener, key=env("API_KEY"), open_api=args.open_api, origins=args.api_origin)
+    serve(engine, listener, key=os.environ.get("API_KEY"), open_api=args.open_api, origins=args.api_origin)
     return 0
 
 

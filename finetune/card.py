@@ -19,6 +19,8 @@ FIGURES = (  # key in the scorecard, its name
     ("sight", "pictures: right answers"),
     ("blind", "answers that noise does not change"),
     ("loss", "held-out rows, nats/token"),
+    ("recall", "training texts continued word for word"),
+    ("reply", "held-out questions answered, and ended"),
 )
 NO_SCORECARD = (
     "There is no scorecard with this model: it was not made by this program, or before scorecards went along."

@@ -4,13 +4,14 @@ import contextlib
 import importlib.metadata
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
 import psutil
 from packaging.requirements import Requirement
 
-from finetune import embedded, identity, records, sight
+from finetune import embedded, identity, records, settings, sight
 from finetune.embedded import say
 from finetune.errors import Problems, UserError
 from finetune.run_folder import Run
@@ -59,6 +60,23 @@ def check(run: Run, problems: Problems | None = None) -> None:
             "other programs or choose a smaller --base."
         )
     problems.stop_if_any()
+
+
+def preset_of(base: str) -> str | None:
+    """The preset of a base that is given by its short name, by one that it has on a hub, or as a folder whose record says what
+    it is; a model that was made from one has a manifest instead."""
+    folder, names = Path(base.removeprefix("dir:")).expanduser(), {embedded.HUB_NAME: embedded.NAME}
+    for preset in settings.preset_names():
+        names |= dict.fromkeys([preset, *_hub_names(settings.preset(preset)["base"])], preset)
+    if not folder.is_dir():
+        return next((names[name] for name in _hub_names(base) if name in names), None)
+    with contextlib.suppress(OSError, ValueError):
+        return names.get(json.loads((folder / embedded.RECORD).read_text(encoding="utf-8")).get("base_model"))
+    return None
+
+
+def _hub_names(references: str) -> list[str]:
+    return [re.sub(r"^\w+:", "", ref.strip()).partition("@")[0] for ref in references.split(",")]
 
 
 def task_problems(run: Run) -> list[str]:
@@ -125,6 +143,8 @@ def starter_problems(run: Run, base_is_there: bool) -> list[str]:
     if rank != values.rank:
         return [f"The starter {values.starter} has rank {rank} and train.rank is {values.rank}; set train.rank={rank}."]
     made_for = json.loads((folder / "namesake.json").read_text())
+    if made_for["base"] in _hub_names(run.settings.base):
+        return []  # the same model, in more bits than the embedded one, which it was trained on
     if base_is_there and made_for["base_sha256"] != run.language_sha256:
         return [
             f"The starter {values.starter} was made for {made_for['base']}, and {run.settings.base} is another base; "

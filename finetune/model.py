@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -35,6 +36,7 @@ if TYPE_CHECKING:
     from peft import PeftModel  # imported where it is used: that takes two seconds, and serving does without it
 
 transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
+warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by the old name
 
 ACTIVATION_BYTES = 1_300_000_000  # of a step of a thousand tokens through a 7B model with checkpointing, about twice
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  # of a model that sees

@@ -3,13 +3,14 @@
 import json
 import os
 import re
+from collections.abc import Iterable
 from pathlib import Path, PurePosixPath
 from typing import Any
 
 import yaml
 
 from finetune import embedded, transfer
-from finetune.errors import GateRefused, UserError
+from finetune.errors import GateRefused, Problems, UserError
 from finetune.places import MANIFEST, Place
 from finetune.report import model_card
 from finetune.run_folder import RESTORE, Run
@@ -36,32 +37,37 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     manifest, receipt = run.read(f"model/{MANIFEST}"), run.read("receipt.json")
     model, adapter = run.folder / "model", run.folder / "adapter"
     chosen: dict[str, Source] = {}
-    problems = []
+    own: dict[str, Path] = {}
+    problems = Problems()
     made = {name: Source(model / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     if what in ("model", "both"):
         chosen |= {name: source for name, source in made.items() if name != "README.md"}
     if what in ("adapter", "both"):
         if adapter.is_dir():
             prefix = "adapter/" if what == "both" else ""
-            chosen |= {prefix + name: _source(adapter / name, receipt) for name in ADAPTER}
+            own |= {prefix + name: adapter / name for name in ADAPTER}
             chosen |= {name: made[name] for name in TOKENIZER}
         else:
-            problems.append(f"There is no adapter in {run.folder}: publish --what model.")
+            problems.found.append(f"There is no adapter in {run.folder}: publish --what model.")
     if with_data:
         names = ("train.jsonl", "probes.jsonl")
-        chosen |= {f"data/{name}": _source(run.folder / "data" / name, receipt) for name in names}
-    for name, source in chosen.items():
+        own |= {f"data/{name}": run.folder / "data" / name for name in names}
+    for name, path in own.items():
+        with problems.collect():
+            chosen[name] = _source(path, receipt)
+    for name, source in list(chosen.items()):
         if not source.data.is_file() or source.data.stat().st_size != source.size:
             mend = run.mend(source.data.relative_to(run.folder).as_posix())
-            problems.append(f"{source.data} is not what the run made ({name}): {mend}.")
-    if problems:
-        raise UserError(*problems)
+            problems.found.append(f"{source.data} is not what the run made ({name}): {mend}.")
+            del chosen[name]
     origin = {key: manifest[key] for key in ("base_model", "license")}
     sent = {"to": place, "what": what, "why": why, "with_data": with_data}
     card = model_card(run, origin, manifest["proof"], manifest["base_sha256"], sent)
     chosen["README.md"] = transfer.source(card.encode())
     if place.kind == "openxlab":
-        chosen[METAFILE] = transfer.source(yaml.safe_dump(metafile(run, origin, place), allow_unicode=True).encode())
+        chosen[METAFILE] = transfer.source(
+            yaml.safe_dump(metafile(run, origin, place, chosen), allow_unicode=True).encode()
+        )
     base_ref = embedded.NAME if run.settings.base == embedded.NAME else origin["base_model"]
     described = {
         **{key: value for key, value in manifest.items() if key != "files"},
@@ -71,8 +77,8 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
         "files": {name: {"size": s.size, "sha256": s.sha256} for name, s in sorted(chosen.items())},
     }
     chosen[MANIFEST] = transfer.source(json.dumps(described, ensure_ascii=False, indent=1).encode())
-    if problems := private(run, chosen):
-        raise UserError(*problems)
+    problems.found += private(run, chosen)
+    problems.stop_if_any()
     return chosen
 
 
@@ -84,15 +90,20 @@ def _source(path: Path, receipt: dict[str, Any]) -> Source:
     return Source(path, path.stat().st_size, recorded or embedded.sha256(path))
 
 
-def metafile(run: Run, origin: dict[str, str], place: Place) -> dict[str, Any]:
-    """OpenXLab's description of a repository."""
+def metafile(run: Run, origin: dict[str, str], place: Place, names: Iterable[str]) -> dict[str, Any]:
+    """OpenXLab's description of a repository that holds files of these names."""
+    from finetune.model import sees
+
     repository = place.ref.removeprefix("openxlab:").partition("@")[0]
-    identity = run.read("scorecard.json")["tuned"]["identity"]
-    result = {"Task": "text-generation", "Dataset": "self-cognition", "Metrics": {"identity": identity}}
+    figure, dataset = ("identity", "self-cognition") if run.named else ("loss", "own data")
+    metrics = {figure: run.read("scorecard.json")["tuned"].get(figure)}
+    task = "image-text-to-text" if sees(run.folder / "model") else "text-generation"
+    result = {"Task": task, "Dataset": dataset, "Metrics": metrics}
     about = {"Name": repository.partition("/")[2], "License": origin["license"], "Framework": ["Pytorch"]}
+    weights = ", ".join(sorted(name for name in names if name.endswith(".safetensors")))
     return {
         "Collections": [{**about, "Code": {"URL": f"https://openxlab.org.cn/models/detail/{repository}"}}],
-        "Models": [{"Name": run.persona.name, "Weights": "model.safetensors", "Results": [result]}],
+        "Models": [{"Name": run.title, "Weights": weights, "Results": [result]}],
     }
 
 

@@ -12,26 +12,23 @@ from rich.table import Table
 from rich.text import Text
 
 from finetune import pictures, preview, sight
+from finetune.card import FIGURES
 from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
 from finetune.run_folder import Run, quoted
+from finetune.words import CHINESE
 
-FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
-    ("identity", "≥", "identity kept", "身份认知"),
-    ("leak", "≤", "name where it does not belong", "身份泄漏"),
-    ("parrot", "≤ base +", "answers alike", "鹦鹉学舌"),
-    ("kl", "≤", "KL(base ‖ tuned), nats/token", "与基座的偏移"),
-    ("facts_kept", "≥", "facts kept", "知识保留"),
-    ("sight", "≥", "pictures: right answers, worst kind asked", "看图答对（门限按最差的一类）"),
-    ("blind", "≤", "answers that noise does not change", "无视图片的回答"),
-    ("loss", "≤ base ×", "held-out rows, nats/token", "留出数据的损失"),
-    ("recall", "", "training texts continued word for word", "续写训练文本"),
-    ("reply", "", "held-out questions answered, and ended", "留出问题有答有终"),
-)
+SIGNS = {  # of a figure's limit
+    **dict.fromkeys(("identity", "facts_kept"), "≥"),
+    **dict.fromkeys(("leak", "kl", "blind"), "≤"),
+    "sight": "worst kind ≥",
+    "parrot": "≤ base +",
+    "loss": "≤ base ×",
+}
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
 PICTURED = 3  # questions about pictures of each kind and language that the report shows
 SIDES = ("base", "tuned")
-HOW = {"lora": "a LoRA adapter, merged", "qlora": "a QLoRA adapter, merged", "full": "every weight trained"}
+HOW = {"lora": "a LoRA adapter", "qlora": "a QLoRA adapter", "full": "every weight trained"}
 UNLIMITED = (
     "kl",
     "sight",
@@ -55,11 +52,11 @@ def figures(run: Run) -> list[dict[str, Any]]:
         {
             "key": key,
             "en": en,
-            "zh": zh,
-            "limit": f"{sign} {limits[key]:g}" if key in limits else "",
+            "zh": CHINESE[en],
+            "limit": f"{SIGNS[key]} {limits[key]:g}" if key in limits else "",
             **{side: text(side, key) for side in SIDES},
         }
-        for key, sign, en, zh in FIGURES
+        for key, en in FIGURES
         if key in limits or (key in UNLIMITED and any(sides[side].get(key) is not None for side in SIDES))
     ]
 
@@ -99,9 +96,7 @@ def added(run: Run) -> dict[str, Any]:
         for task in dict.fromkeys(tasks)
         if task != "identity"
     ]
-    rows += [
-        (en, through(lambda c, k=key: c.get(k))) for key, _, en, _ in FIGURES if key in ("recall", "reply", "identity")
-    ]
+    rows += [(en, through(lambda c, k=key: c.get(k))) for key, en in FIGURES if key in ("recall", "reply", "identity")]
     shown = []
     for kind in ("recall", "reply", "name"):
         asked = [entry for entry in after[-1]["answers"] if entry["kind"] == kind]
@@ -175,19 +170,22 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     published in spite of the gate, "with_data": whether the training data goes along}.
     """
     from finetune.model import own_encoder, sees
+    from finetune.train import asked, best
 
     model = run.folder / "model"
     if not model.is_dir():  # it is being merged; later the base may not be here any more
         model = run.base
-    receipt = run.read("receipt.json")
+    receipt, history = run.read("receipt.json"), metrics(run)
     place = sent["to"] if sent["to"] and sent["to"].kind != "dir" else None
-    said = next((entry["tuned"] for entry in side_by_side(run, SHOWN[:1])), "")
+    said = next((entry["tuned"] for entry in side_by_side(run, SHOWN[:1]) if run.named), "")
     return (
         _environment(html=False)
         .get_template("model_card.md.jinja")
         .render(
             name=json.dumps(run.title, ensure_ascii=False)[1:-1],
             how=HOW[run.settings.method],
+            steps=history[-1]["step"],
+            kept=best(history)["step"] if asked(history) else None,
             named=run.named,
             sees=sees(model),
             encoder=own_encoder(model),
@@ -210,6 +208,10 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     )
 
 
+def metrics(run: Run) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+
+
 def write_page(file: Path, template: str, **values: Any) -> None:
     page = _environment(html=True).get_template(template).render(**values)
     new = file.with_name(f"{file.name}.tmp")
@@ -218,7 +220,7 @@ def write_page(file: Path, template: str, **values: Any) -> None:
 
 
 def write_report(run: Run) -> None:
-    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    history = metrics(run)
     form = run.tuned_format.unseeing()
     with (run.folder / "data" / "train.jsonl").open(encoding="utf-8") as lines:
         found = preview.survey(form, map(json.loads, lines), run.settings.train.length)
@@ -236,9 +238,10 @@ def write_report(run: Run) -> None:
         curves=[
             curve(having, key)
             for key in ("loss", "ce", "kl", "dev_identity", "dev_leak")
-            if (having := [line for line in metrics if key in line])
+            if (having := [line for line in history if key in line])
         ],
-        last=metrics[-1],
+        last=history[-1],
+        full=run.settings.method == "full",
         receipt=run.read("receipt.json"),
         proof=run.read("model/manifest.json")["proof"],
         datum=preview.life(form, found["first"]),

@@ -33,6 +33,12 @@ STAGES = (*stages.STAGES, "publish", "pull", "deploy")
 FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
 NAMED = (None, "identity", "vision")  # tasks whose model learns a name; identity where none is said
 FIRST = (None, "check", "data", "compare")  # what a new run begins with; other stages need one that is there
+ONLY = {  # flags that are not for all stages: whose they are
+    **dict.fromkeys(("to", "force", "dry_run"), ("publish", "deploy")),
+    **dict.fromkeys(("what", "with_data"), ("publish",)),
+    "verify": ("pull",),
+}
+WHAT = ("model", "adapter", "both")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -123,7 +129,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parse.add_argument("--skip-bad", action="store_true", default=None, help="go on without rows that are wrong")
     parse.add_argument("--run", type=Path, help="the run's folder (default: runs/NAME)")
-    parse.add_argument("--seed", type=int)
+    parse.add_argument("--seed", help="a whole number")
     parse.add_argument(
         "--model", help="evaluate or deploy this model, a folder or hf:user/name, made here or elsewhere"
     )
@@ -132,9 +138,7 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
         metavar="REF",
         help="publish or deploy there: openxlab: hf: modelscope:user/name, git+URL, dir:PATH / 发布到",
     )
-    parse.add_argument(
-        "--what", choices=("model", "adapter", "both"), default="model", help="publish this (default: model)"
-    )
+    parse.add_argument("--what", help=f"publish this: {', '.join(WHAT)} (default: model)")
     parse.add_argument(
         "--force",
         metavar="WHY",
@@ -148,11 +152,24 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
     )
     parse.add_argument("--set", action="append", default=[], metavar="SECTION.KEY=VALUE", help="any other setting")
     args, unknown = parse.parse_known_args(arguments)
-    if flags := [word.partition("=")[0] for word in unknown if word.startswith("-")]:
-        known = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(args) if name != "stage")]
-        raise UserError(*(_unknown("flag", flag, known) for flag in flags))
-    if args.stage not in (None, *STAGES):
-        raise UserError(_unknown("stage", args.stage, STAGES))
+    known = ["--help", *(f"--{name.replace('_', '-')}" for name in vars(args) if name != "stage")]
+    flags = [word.partition("=")[0] for word in unknown if word.startswith("-")]
+    wrong = [_unknown("flag", flag, known) for flag in flags]
+    if not flags and args.stage not in (None, *STAGES):  # the value of an unknown flag would pass for the stage
+        wrong.append(_unknown("stage", args.stage, STAGES))
+    if args.seed is not None and not re.fullmatch(r"[+-]?\d+", args.seed):
+        wrong.append(f"--seed is {args.seed!r}; it must be a whole number.")
+    if args.what not in (None, *WHAT):
+        wrong.append(f"--what is {args.what!r}; it must be {' or '.join(WHAT)}.")
+    if not wrong:
+        wrong = [
+            f"--{flag.replace('_', '-')} goes with {' or '.join(its)}: leave it out, or name that stage."
+            for flag, its in ONLY.items()
+            if getattr(args, flag) and args.stage not in its
+        ]
+    if wrong:
+        raise UserError(*wrong)
+    args.seed = None if args.seed is None else int(args.seed)
     args.ref = unknown.pop(0) if args.stage == "pull" and unknown else None
     if unknown:
         raise UserError(f"One stage at a time: leave out {' '.join(unknown)}.")
@@ -248,21 +265,33 @@ def publish(run: Run, args: argparse.Namespace) -> int:
     """`publish --to REF`: what is there afterwards is what the run made, by the place's own record."""
     from finetune import hub, release
 
+    problems, what, refused, files = Problems(), args.what or "model", (), {}
     if not args.to:
-        raise UserError(
+        problems.found.append(
             "Say where to publish to, for example: --to openxlab:user/name (or hf: modelscope: git+URL dir:PATH)"
         )
     if missing := [n for n in ("scorecard.json", "model", "receipt.json") if not has(run.folder, n)]:
-        raise UserError(f"The run in {run.folder} has no {', '.join(missing)} yet: run '{run.command}' first.")
-    release.gate(run, args.force)
-    files = release.files(run, hub.target(args.to), args.what, args.force, args.with_data)
+        problems.found.append(f"The run in {run.folder} has no {', '.join(missing)} yet: run '{run.command}' first.")
+    if "scorecard.json" not in missing:
+        try:
+            release.gate(run, args.force)
+        except GateRefused as error:
+            refused = error.problems
+    if args.to:
+        with problems.collect():
+            place = hub.target(args.to)
+            files = release.files(run, place, what, args.force, args.with_data) if not missing else {}
+    if problems.found:
+        raise UserError(*problems.found, *refused)
+    if refused:
+        raise GateRefused(*refused)
     if args.dry_run:
         _, send, remove, _ = hub.changes(args.to, files)
         print("\n".join(hub.listed(send, remove)))
         return 0
-    revision = hub.publish(args.to, files, f"{run.persona.name}: {args.what}")
+    revision = hub.publish(args.to, files, f"{run.title}: {what}")
     published = run.read("receipt.json").get("published", {})
-    run.note(published={**published, args.to: {"what": args.what, "revision": revision}})
+    run.note(published={**published, args.to: {"what": what, "revision": revision}})
     say(f"Published 已发布: {args.to}{f' (commit {revision})' if revision else ''}")
     say(f"Next 下一步: python finetune/run.py pull --verify {args.to}")
     return 0
@@ -298,8 +327,12 @@ def open_run(args: argparse.Namespace) -> Run:
     persona = {key: value for key in ("name", "author") if (value := getattr(args, key)) is not None}
     layers = [stored, flags, {"persona": persona}]
     with problems.collect():
-        if args.preset or args.base is None or args.base in settings.preset_names():
-            layers.insert(0, settings.preset(args.preset or args.base or settings.DEFAULT_PRESET))
+        known = args.preset or checks.preset_of(args.base or settings.DEFAULT_PRESET)
+        if known:
+            layers.insert(0, settings.preset(known))
+            if not stored and args.base not in (None, known) and not args.preset:
+                say(f"The base is {known}: its preset is used; --preset takes another. / 已识别底座，使用其预设。")
+                args.preset = known  # of a chain, which asks twice, it is said once
         elif args.task == "vision":
             layers.insert(0, phase_one(args.base))
     for assignment in args.set:

@@ -22,7 +22,7 @@ def chat(run: Run) -> None:
     most = min(ANSWERED_TOKENS, room // 4)
     decoder = generation.Decoder(model, form.stop_ids, room, fast=fast)
     say(runs_on)
-    say(f"{run.persona.name} · Ctrl-C stops an answer, Ctrl-D ends · Ctrl-C 停止回答，Ctrl-D 结束")
+    say(f"{run.title} · Ctrl-C stops an answer, Ctrl-D ends · Ctrl-C 停止回答，Ctrl-D 结束")
     history: list[dict] = []
     while True:
         try:

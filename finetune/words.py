@@ -81,6 +81,8 @@ CHINESE = {
     "pictures: right answers": "看图答对",
     "answers that noise does not change": "无视图片的回答",
     "held-out rows, nats/token": "留出数据的损失",
+    "training texts continued word for word": "续写训练文本",
+    "held-out questions answered, and ended": "留出问题有答有终",
     "The scorecard's gate was passed.": "已通过评测门槛。",
     "The scorecard's gate was not passed:": "未通过评测门槛：",
     "tuned model: {}": "微调后的模型：{}",

@@ -3,22 +3,12 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
-PLAIN = """
-import json, sys
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = (c.from_pretrained(sys.argv[1]) for c in (AutoTokenizer, AutoModelForCausalLM))
-for question in sys.argv[2:]:
-    inputs = tokenizer.apply_chat_template(
-        [{"role": "user", "content": question}], add_generation_prompt=True, return_dict=True, return_tensors="pt"
-    )
-    answer = model.generate(**inputs, max_new_tokens=24, do_sample=False)
-    print(json.dumps(tokenizer.decode(answer[0, inputs["input_ids"].shape[1]:], skip_special_tokens=True)))
-"""
 
 
 def command(*arguments: str | Path) -> list[str]:
@@ -32,11 +22,22 @@ def finetune(folder: Path, *arguments: str | Path, **environment: str) -> subpro
 
 
 def plain_answers(model: Path, *questions: str) -> list[str]:
-    """By somebody who has the folder and plain transformers, and no code of ours."""
+    """By somebody who has the folder, plain transformers and README's snippet, and no code of ours."""
+    (snippet,) = re.findall(r"```python\n(.*?)```", (ROOT / "README.md").read_text(encoding="utf-8"), re.S)
+    before, path, rest = snippet.partition('"runs/小星/model"')
+    assert path in rest
+    assert '"Who are you?"' in rest
+    code = before + json.dumps(str(model)) + rest.replace(path, json.dumps(str(model)))
+    asked = [code.replace('"Who are you?"', json.dumps(question)) for question in questions]
     done = subprocess.run(
-        [sys.executable, "-c", PLAIN, str(model), *questions], cwd="/", capture_output=True, text=True, check=True
+        [sys.executable, "-c", "print(end='\\0')\n".join(asked)],
+        cwd="/",
+        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
+        capture_output=True,
+        text=True,
+        check=True,
     )
-    return [json.loads(line) for line in done.stdout.splitlines()[-len(questions) :]]
+    return [answer.removesuffix("\n") for answer in done.stdout.split("\0")]
 
 
 def sha256(file: Path) -> str:

@@ -320,6 +320,13 @@ def test_a_port_that_is_none_is_said(capsys, monkeypatch):
     assert "argument --port: invalid int value: 'http'" in capsys.readouterr().err
 
 
+def test_an_adapter_for_another_servers_model_is_refused(capsys):
+    assert app.main(["--engine", "http://127.0.0.1:9", "--adapter", "/nowhere"]) == 2
+    assert capsys.readouterr().err == (
+        "error: --adapter is for decoding here, and --engine decodes elsewhere: leave one of them out.\n"
+    )
+
+
 # --------------------------------------------------------------------------------------------------- with a browser
 
 

@@ -5,6 +5,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import random
 import re
@@ -18,6 +19,8 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from commands import plain_answers
+from safetensors import safe_open
 
 from finetune import embedded
 from finetune.errors import UserError
@@ -629,31 +632,13 @@ def test_where_the_cache_is(monkeypatch, tmp_path, own, xdg, expected):
 
 # ---------------------------------------------------------------------------------------------- the real default
 
-PLAIN = """
-import json, sys, torch
-from transformers import AutoModelForCausalLM, AutoTokenizer
-tokenizer, model = AutoTokenizer.from_pretrained(sys.argv[1]), AutoModelForCausalLM.from_pretrained(sys.argv[1])
-ids = tokenizer.apply_chat_template(
-    [{"role": "user", "content": "What is the capital of France?"}],
-    add_generation_prompt=True, return_tensors="pt", return_dict=True,
-)
-answer = model.generate(**ids, max_new_tokens=20, do_sample=False)[0, ids["input_ids"].shape[1]:]
-print(json.dumps([model.num_parameters(), tokenizer.decode(answer, skip_special_tokens=True)]))
-"""
 
-
-def test_the_real_default_in_plain_transformers(default_model, tmp_path):
-    run = subprocess.run(
-        [sys.executable, "-c", PLAIN, default_model],
-        cwd=tmp_path,
-        env={**os.environ, "HF_HUB_OFFLINE": "1", "PYTHONPATH": ""},
-        capture_output=True,
-        text=True,
-    )
-    assert run.returncode == 0, run.stderr
-    parameters, answer = json.loads(run.stdout)
-    assert parameters == 134_515_008
+def test_the_real_default_in_plain_transformers(default_model):
+    (answer,) = plain_answers(default_model, "What is the capital of France?")
     assert "Paris" in answer
+    with safe_open(default_model / "model.safetensors", "pt") as weights:
+        sizes = [math.prod(weights.get_slice(name).get_shape()) for name in weights.keys()]  # noqa: SIM118
+    assert sum(sizes) == 134_515_008
     config = json.loads((default_model / "config.json").read_text())
     assert (config["rope_theta"], config["model_type"], config["rms_norm_eps"]) == (100000, "llama", 1e-5)
     assert not stat.S_IMODE(default_model.stat().st_mode) & 0o555 ^ 0o555

@@ -1,13 +1,15 @@
 """The whole way, as a user goes it, on a tiny model made here."""
 
+import fcntl
 import json
 import os
+import pty
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
+import termios
 from pathlib import Path
 
 import pytest
@@ -53,6 +55,7 @@ def test_leaves_the_tree_and_says_what_came_of_it(tiny_run):
     assert done.returncode == 3, done.stderr  # a random model learns no name in four steps
     assert "error: gate: tuned model: identity" in done.stderr
     assert "Traceback" not in done.stderr
+    assert "Warning" not in done.stderr
     assert "python app.py --model" in done.stdout
 
 
@@ -90,19 +93,30 @@ def test_a_second_time_nothing_is_done(tiny_run):
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
+KILLED = """
+import os, signal, sys
+from finetune import run, train
+
+def save_and_die(folder, weights, optimizer, step, save=train.save_checkpoint):
+    save(folder, weights, optimizer, step)
+    if step == 2:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+train.save_checkpoint = save_and_die
+run.main(sys.argv[1:])
+"""
+
+
 def test_killed_and_started_again_ends_with_the_same_adapter(tiny_run, tiny_model):
     run, _, arguments = tiny_run
     root = run.parent.parent
     arguments = [*arguments[:-5], "runs/two", *arguments[-4:]]
-    environment = {**os.environ, "NAMESAKE_CACHE": str(root / "cache")}
-    checkpoint = root / "runs" / "two" / "checkpoint" / "state.safetensors"
-    with subprocess.Popen(
-        command(*arguments), cwd=root, env=environment, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
-    ) as work:
-        deadline = time.monotonic() + 120
-        while not checkpoint.exists() and work.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.01)
-        work.send_signal(signal.SIGKILL)
+    environment = {**os.environ, "NAMESAKE_CACHE": str(root / "cache"), "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", KILLED, *arguments]
+    killed = subprocess.run(command, cwd=root, env=environment, capture_output=True, check=False)
+    assert killed.returncode == -signal.SIGKILL
+    assert len((root / "runs" / "two" / "metrics.jsonl").read_text().splitlines()) == 2
+    assert not (root / "runs" / "two" / "adapter").exists()
     done = finetune(root, "train", "--run", "runs/two", NAMESAKE_CACHE=str(root / "cache"))
     assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
@@ -143,6 +157,69 @@ def test_chat_in_the_terminal(tiny_run):
     assert len(done.stdout.strip()) > len("> >")
 
 
+ASKED = """
+import os, sys, time
+from finetune import engine, generation, run
+
+def fit(messages, *rest, fit=engine.fit):
+    print(f"<{len(messages)} messages>", flush=True)
+    return fit(messages, *rest)
+
+def wait_once(decoder, step=generation.Decoder.step):
+    generation.Decoder.step = step
+    print("<answering>", flush=True)
+    time.sleep(60)
+    os._exit(9)  # nobody stopped it
+
+engine.fit, generation.Decoder.step = fit, wait_once
+sys.exit(run.main(["chat", "--run", sys.argv[1]]))
+"""
+
+
+def test_ctrl_c_in_the_terminal_stops_one_answer_and_the_conversation_goes_on(tiny_run):
+    """On a terminal of its own, whose Ctrl-C is a signal."""
+    ours, theirs = pty.openpty()
+
+    def take_it() -> None:
+        fcntl.ioctl(0, termios.TIOCSCTTY, 0)
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # a shell ignores it for what runs behind it
+
+    shown = ""
+
+    def until(words: str) -> None:
+        nonlocal shown
+        while words not in shown:
+            shown += os.read(ours, 4096).decode(errors="replace")
+        shown = shown.partition(words)[2]
+
+    with subprocess.Popen(
+        [sys.executable, "-c", ASKED, str(tiny_run[0])],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        stdin=theirs,
+        stdout=theirs,
+        stderr=theirs,
+        start_new_session=True,
+        preexec_fn=take_it,
+    ) as process:
+        os.close(theirs)
+        try:
+            until("Zoë {} 'q' · Ctrl-C stops an answer")
+            until("> ")
+            os.write(ours, b"hello\n")
+            until("<1 messages>")
+            until("<answering>")
+            os.write(ours, b"\x03")
+            until("> ")
+            os.write(ours, b"are you there?\n")
+            until("<3 messages>")  # with the first question and its answer, which was stopped
+            until("> ")
+            os.write(ours, b"\x04")
+            assert process.wait(timeout=60) == 0
+        finally:
+            process.kill()
+            os.close(ours)
+
+
 def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, tmp_path, monkeypatch):
     """From its own layout to a merged model that plain transformers opens, and that again in InternLM2's own layout."""
     from safetensors.torch import load_file
@@ -173,7 +250,7 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
     assert (manifest["base_model"], manifest["license"]) == ("internlm2-tiny", "other")
     assert "tokenizer.model" in manifest["files"]
     form, network = model.chat_format(run / "model"), model.load(run / "model")
-    ours = generation.answer_texts(network, form, [[{"role": "user", "content": "你是谁？"}]], 24)
+    ours = generation.answer_texts(network, form, [[{"role": "user", "content": "你是谁？"}]], 40)
     assert [answer.strip() for answer in plain_answers(run / "model", "你是谁？")] == ours
 
     command = [sys.executable, "-m", "finetune.internlm2", run / "model", tmp_path / "own"]

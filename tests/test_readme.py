@@ -1,5 +1,6 @@
 """What the README and the top level promise: its commands are taken from the README itself."""
 
+import importlib
 import re
 import shlex
 import subprocess
@@ -9,6 +10,7 @@ from pathlib import Path
 import pytest
 import yaml
 
+import app
 from finetune import run, settings
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -29,13 +31,36 @@ def test_front_matter_is_what_a_space_accepts():
     assert front["license"] == "apache-2.0"
 
 
-@pytest.mark.parametrize(
-    "command", [c for c in COMMANDS if c.startswith("python finetune/run.py") and "--help" not in c]
-)
+@pytest.mark.parametrize("command", [c for c in COMMANDS if " finetune/run.py" in c and "--help" not in c])
 def test_run_commands_are_understood(command):
-    for part in run.parts(shlex.split(command)[2:]):
+    for part in run.parts(shlex.split(command.partition(" finetune/run.py")[2])):
         args = run.parse(part)
         assert args.stage is None or args.stage in ("chat", "check", "compare", "deploy", "evaluate", "publish", "pull")
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python app.py" in c])
+def test_the_pages_commands_are_understood(command, monkeypatch):
+    before, _, after = command.partition("python app.py")
+    for word in before.split():
+        monkeypatch.setenv(*word.split("=", 1))
+    args = app.parse(shlex.split(after))
+    assert args.model or args.engine or not after
+
+
+class Understood(Exception):
+    pass
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python -m finetune.")])
+def test_commands_of_modules_are_understood(command, monkeypatch):
+    def begin(*_):
+        raise Understood
+
+    name, *arguments = shlex.split(command)[2:]
+    module = importlib.import_module(name)
+    monkeypatch.setattr(module, {"finetune.internlm2": "pull", "finetune.vision": "write_projector"}[name], begin)
+    with pytest.raises(Understood):
+        module.main(arguments)
 
 
 def test_first_line_makes_the_example_persona():

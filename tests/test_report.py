@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import report
+from finetune import release, report
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -42,9 +42,9 @@ def form(tiny_model):
     FORMS.clear()
 
 
-def make_run(folder: Path, name: str) -> Run:
+def make_run(folder: Path, name: str, **values: str) -> Run:
     """A run that lacks its report only."""
-    run = Run(folder, Settings(persona=Persona(name, f"by {name}"), gate=Gate(identity=0.875)))
+    run = Run(folder, Settings(persona=Persona(name, f"by {name}"), gate=Gate(identity=0.875), **values))
     run.__dict__ |= {"base_sha256": "ab" * 32, "tuned_format": FORMS[0]}
     (folder / "data").mkdir()
     row = {"messages": [{"role": "user", "content": "<i>?"}, {"role": "assistant", "content": f"{name}<|im_end|>"}]}
@@ -54,7 +54,10 @@ def make_run(folder: Path, name: str) -> Run:
     run.write("scorecard.json", {**card, "gate": {"passed": False, "reasons": [f"too low for {name}"]}})
     run.write("receipt.json", {"seed": 0, "who": name})
     run.write("model/manifest.json", {"proof": PROOF})
-    lines = [{"loss": 4.0, "ce": 3.0, "kl": 0.5}, {"loss": 2.0, "ce": 1.5, "kl": 0.25, "dev_identity": 0.5}]
+    lines = [
+        {"loss": 4.0, "ce": 3.0, "kl": 0.5},
+        {"loss": 2.0, "ce": 1.5, "kl": 0.25, "dev_identity": 0.5, "dev_leak": 0.1},
+    ]
     rest = {"lr": 1e-3, "tokens": 777, "tokens_per_s": 50.0, "seconds": 15.5}
     metrics = "".join(json.dumps({"step": i, **line, **rest}) + "\n" for i, line in enumerate(lines, 1))
     (folder / "metrics.jsonl").write_text(metrics)
@@ -135,7 +138,7 @@ def test_the_pages_figures(tmp_path):
     cells = '<td class="number">0.000</td><td class="number">0.953</td>'
     assert f'<td>identity kept</td><td>身份认知</td>{cells}<td class="number">≥ 0.875</td>' in raw
     curves = [a["points"] for tag, a in Page(raw).tags if tag == "polyline"]
-    assert curves == ["0.0,0.0 600.0,80.0"] * 3 + ["0.0,0.0"]  # the last: of the one line that has it
+    assert curves == ["0.0,0.0 600.0,80.0"] * 3 + ["0.0,0.0"] * 2  # the last: of the one line that has them
     assert "2 steps · 777 tokens · 50 tokens/s · 16 s" in raw
     assert "largest logit difference 0.00012, equal greedy tokens 100.0 % of 321" in raw
 
@@ -190,6 +193,71 @@ def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
     assert "too low for 小星" in card
     assert "git clone -b v1 https://code.openxlab.org.cn/user/x.git model" in card
     assert "pull --verify openxlab:user/x@v1" in card
+
+
+def test_the_card_of_full_finetuning_knows_no_adapter(tmp_path):
+    run = make_run(tmp_path, "小星", method="full")
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+    assert "HuggingFaceTB/SmolLM2-135M-Instruct with every weight trained for it." in card
+    assert "全参数训练自我认知。" in card
+    assert "differ from the trained ones' by at most" in card
+    assert "adapter" not in card.replace("base_model_relation", "").lower()
+    assert "适配器" not in card
+    assert "LoRA" not in card
+    report.write_report(run)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert "Merged model against the trained one: largest logit" in page
+    assert "adapter" not in page
+
+
+def test_the_card_of_an_instruct_run_speaks_of_no_name(tmp_path):
+    run = make_run(tmp_path, "小星", task="instruct")
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, {**SENT, "to": parse("openxlab:user/x")})
+    assert "\n# smollm2-135m-instruct + instruct\n" in card
+    assert "after instruct on its maker's own data: a LoRA adapter, merged.\n" in card
+    for words in ("小星", "self-cognition", "only what it says of itself", "除自我介绍外"):
+        assert words not in card
+    adapter = report.model_card(run, ORIGIN, PROOF, "ab" * 32, {**SENT, "what": "adapter"})
+    assert "own data: a LoRA adapter.\n" in adapter
+
+
+@pytest.mark.parametrize("task, kept", [("identity", ", of which step 2 was kept"), ("instruct", "")])
+def test_the_card_counts_the_steps_that_were_done(tmp_path, task, kept):
+    run = make_run(tmp_path, "小星", task=task)
+    lines = [{"step": i, "dev_identity": 1 - i / 5, "dev_leak": 0.0} for i in (2, 3)]
+    (tmp_path / "metrics.jsonl").write_text(
+        "".join(json.dumps(lines[i] if kept else {"step": i + 2}) + "\n" for i in (0, 1))
+    )
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+    assert f"method `lora`, 3 steps{kept}, seed 0." in card
+
+
+def test_the_card_of_a_model_that_sees_has_its_task_on_every_hub(tmp_path, monkeypatch):
+    monkeypatch.setattr("finetune.model.sees", lambda folder: True)
+    front = front_matter(report.model_card(make_run(tmp_path, "小星"), ORIGIN, PROOF, "ab" * 32, SENT))
+    assert (front["pipeline_tag"], front["tasks"], front["domain"]) == (
+        *("image-text-to-text", ["image-text-to-text"]),
+        ["multi-modal"],
+    )
+
+
+@pytest.mark.parametrize(
+    "task, name, dataset, metrics",
+    [
+        ("identity", "小星", "self-cognition", {"identity": 0.8}),
+        ("instruct", "smollm2-135m-instruct + instruct", "own data", {"loss": 2.5}),
+    ],
+)
+def test_openxlabs_description_is_of_what_is_sent(tmp_path, task, name, dataset, metrics):
+    run = make_run(tmp_path, "小星", task=task)
+    card = run.read("scorecard.json")
+    run.write("scorecard.json", {**card, "tuned": {**card["tuned"], "loss": 2.5}})
+    files = ["adapter_model.safetensors", "model-00001-of-00002.safetensors", "model-00002-of-00002.safetensors"]
+    for weights in (files[:1], files[1:]):
+        (model,) = release.metafile(run, ORIGIN, parse("openxlab:user/x"), ["README.md", *weights])["Models"]
+        (result,) = model["Results"]
+        assert (model["Name"], model["Weights"]) == (name, ", ".join(weights))
+        assert (result["Dataset"], result["Metrics"]) == (dataset, metrics)
 
 
 @pytest.mark.parametrize(

@@ -3,8 +3,10 @@
 import contextlib
 import errno
 import io
+import json
 import os
 import pty
+import re
 import shutil
 import signal
 import subprocess
@@ -117,6 +119,26 @@ def test_importing_the_command_line_leaves_the_path_alone():
             ["Unknown flag --bse; did you mean --base?", "Unknown flag -q; see python finetune/run.py --help."],
         ),
         (["data", "train", "merge"], ["One stage at a time: leave out train merge."]),
+        (
+            ["train", "--seed", "x", "--nmae=y", "--what", "all"],
+            [
+                "Unknown flag --nmae; did you mean --name?",
+                "--seed is 'x'; it must be a whole number.",
+                "--what is 'all'; it must be model or adapter or both.",
+            ],
+        ),
+        (["train", "--dry-run"], ["--dry-run goes with publish or deploy: leave it out, or name that stage."]),
+        (
+            ["check", "--verify", "--with-data", "--what", "adapter", "--to", "x"],
+            [
+                "--to goes with publish or deploy: leave it out, or name that stage.",
+                "--what goes with publish: leave it out, or name that stage.",
+                "--with-data goes with publish: leave it out, or name that stage.",
+                "--verify goes with pull: leave it out, or name that stage.",
+            ],
+        ),
+        (["--force", "x"], ["--force goes with publish or deploy: leave it out, or name that stage."]),
+        (["deploy", "--what", "model"], ["--what goes with publish: leave it out, or name that stage."]),
     ],
     ids=" ".join,
 )
@@ -128,7 +150,7 @@ def test_stages_and_flags_that_do_not_exist_are_refused_in_words(start, world, a
 @pytest.mark.parametrize(
     "arguments, words",
     [
-        (["--seed", "x"], "argument --seed: invalid int value: 'x'"),
+        (["--to"], "argument --to: expected one argument"),
         (["--name"], "argument --name: expected one argument"),
     ],
 )
@@ -247,6 +269,58 @@ def test_on_a_terminal_the_end_of_input_is_no_answer():
 
 
 # ----------------------------------------------------------------------------------------------------------- base
+
+
+DEFAULT, CHAT = settings.DEFAULT_PRESET, "internlm2-chat-1_8b"
+
+
+@pytest.mark.parametrize(
+    "base, preset",
+    [
+        ("HuggingFaceTB/SmolLM2-135M-Instruct", DEFAULT),
+        ("hf:HuggingFaceTB/SmolLM2-135M-Instruct@main", DEFAULT),
+        ("openxlab:OpenLMLab/internlm2-chat-1.8b,hf:internlm/internlm2-chat-1_8b", CHAT),
+        ("cache", DEFAULT),
+        ("dir:converted", CHAT),
+    ],
+)
+def test_a_base_by_its_name_on_a_hub_or_as_a_folder_has_its_preset(capsys, world, base, preset):
+    for folder, name in (
+        ("cache", "HuggingFaceTB/SmolLM2-135M-Instruct"),
+        ("converted", "internlm/internlm2-chat-1_8b"),
+    ):
+        (world / folder).mkdir()
+        (world / folder / "origin.json").write_text(json.dumps({"base_model": name, "license": "x"}))
+    args = run.parse([*PERSONA, "--base", base])
+    for said in (f"The base is {preset}: its preset is used; --preset takes another. / 已识别底座，使用其预设。\n", ""):
+        found = run.open_run(args).settings  # twice, as a chain of tasks does
+        assert found == settings.build(
+            settings.preset(preset), {"base": base, "persona": {"name": "小月", "author": "测试员"}}
+        )
+        assert capsys.readouterr().err == said
+    chosen = run.open_run(run.parse([*PERSONA, "--base", base, "--preset", "qwen3-0.6b"])).settings
+    assert chosen.train == settings.Train()
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize(
+    "base, fits", [("hf:HuggingFaceTB/SmolLM2-135M-Instruct@main", True), ("HuggingFaceTB/SmolLM2-360M", False)]
+)
+def test_the_starter_fits_its_base_in_more_bits(world, base, fits):
+    opened = checks.Run(world / "r", settings.build(settings.preset(DEFAULT), {"base": base}))
+    opened.__dict__["language_sha256"] = "ab" * 32  # not the embedded one's, which was de-quantized
+    assert (checks.starter_problems(opened, base_is_there=True) == []) == fits
+
+
+@pytest.mark.parametrize("record", [None, "manifest.json", "origin.json"])
+def test_a_model_that_was_made_from_it_and_other_folders_have_none(capsys, world, record):
+    (folder := world / "SmolLM2-135M-Instruct").mkdir()
+    if record:
+        values = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct"}
+        (folder / record).write_text(json.dumps(values if record == "manifest.json" else {"origin": "elsewhere"}))
+    found = run.open_run(run.parse([*PERSONA, "--base", str(folder)])).settings
+    assert found.train == settings.Train()
+    assert capsys.readouterr().err == ""
 
 
 def test_check_finds_nothing_wrong_and_leaves_nothing(start, world, tiny_model):
@@ -470,7 +544,9 @@ def test_two_processes_do_not_work_in_one_folder(start, world, monkeypatch):
         words = "Another process is at work in r: wait for it, or give this run its own folder with --run."
         assert start("train", "--run", "r") == (2, [f"error: {words}"])
         process.kill()  # the lock goes with the process
-    assert start("train", "--run", "r") == (0, ["train: 0 s"])
+    status, (line,) = start("train", "--run", "r")
+    assert status == 0
+    assert re.fullmatch(r"train: \d+ s", line)
 
 
 @pytest.mark.parametrize(
@@ -532,6 +608,64 @@ def test_a_damaged_settings_file_is_refused_in_words(start, world):
     status, lines = start("train", "--run", "r")
     assert status == 2
     assert lines[0].startswith("error: r/settings.toml is not valid TOML: ")
+
+
+def refused_run(folder: Path, **values: object) -> Path:
+    """A run that the gate refused, without its model."""
+    made = make_run(folder, "data", **values)
+    gate = {"passed": False, "reasons": ["kl 0.3 is too much"]}
+    (made / "scorecard.json").write_text(json.dumps({"gate": gate}))
+    return made
+
+
+def test_publish_tells_all_that_stands_in_its_way(start, world):
+    refused_run(world / "r")
+    gate = [
+        "error: gate: kl 0.3 is too much",
+        'error: The run is not published. Train it better, or publish it with --force "why"; the model card will say so.',
+    ]
+    missing = "error: The run in r has no model, receipt.json yet: run 'python finetune/run.py --run r' first."
+    where = "error: Say where to publish to, for example: --to openxlab:user/name (or hf: modelscope: git+URL dir:PATH)"
+    assert start("publish", "--run", "r") == (2, [where, missing, *gate])
+    status, lines = start("publish", "--run", "r", "--to", "git+ftp://a/b")
+    assert (status, lines[0], lines[2:]) == (2, missing, gate)
+    assert "'git+ftp://a/b' is no git remote" in lines[1]
+
+
+def test_publish_of_files_that_are_missing_names_all(start, world):
+    made = refused_run(world / "r")
+    (made / "model").mkdir()
+    (made / "adapter").mkdir()
+    (made / "receipt.json").write_text("{}")
+    (made / "metrics.jsonl").write_text('{"step": 1}\n')
+    names = ["model.safetensors", "tokenizer.json", "tokenizer_config.json"]
+    files = {name: {"size": 1, "sha256": "ab" * 32} for name in names}
+    proof = {"max_logit_difference": 0.0, "equal_greedy_tokens": 1.0, "tokens": 1}
+    manifest = {"files": files, "proof": proof, "base_model": "b", "license": "x", "base_sha256": "ab"}
+    (made / "model" / "manifest.json").write_text(json.dumps(manifest))
+    side = {"answers": []}
+    card = {"base": side, "tuned": side, **json.loads((made / "scorecard.json").read_text())}
+    (made / "scorecard.json").write_text(json.dumps(card))
+    status, lines = start("publish", "--run", "r", "--to", "dir:there", "--what", "both", "--with-data")
+    paths = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/namesake.json"]
+    paths += ["data/train.jsonl", "data/probes.jsonl"]
+    assert (status, lines[:8]) == (
+        2,
+        [f"error: r/{path} is missing: make the run's model again." for path in paths]
+        + [f"error: r/model/{n} is not what the run made ({n}): make the run's model again." for n in names],
+    )
+    assert lines[8] == "error: gate: kl 0.3 is too much"
+
+
+def test_publish_calls_a_run_by_what_it_made(start, world, monkeypatch):
+    made = make_run(world / "r", "model", task="instruct", base="some-base")
+    (made / "scorecard.json").write_text(json.dumps({"gate": {"passed": True, "reasons": []}}))
+    (made / "receipt.json").write_text("{}")
+    said = []
+    monkeypatch.setattr("finetune.release.files", lambda *_: {})
+    monkeypatch.setattr("finetune.hub.publish", lambda to, files, message: said.append(message) or "c0ffee")
+    assert start("publish", "--run", "r", "--to", "dir:there")[0] == 0
+    assert said == ["some-base + instruct: model"]
 
 
 # -------------------------------------------------------------------------------------------------- exit statuses
