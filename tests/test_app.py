@@ -1103,10 +1103,21 @@ def test_the_command(tiny_model, visit):
     assert "Traceback" not in process.stderr.read()
 
 
-def test_closing_the_answer_stops_the_decoder(engine):
-    engine.says("All the world's a stage", delay=0.05)
+def test_closing_the_answer_stops_the_decoder_within_one_step(engine, monkeypatch):
+    engine.says("All the world's a stage, " * 9)
+    begun, go = threading.Semaphore(0), threading.Semaphore(2)
+
+    def pick(*given):
+        begun.release()
+        assert go.acquire(timeout=PATIENCE)
+        return engine.scripted(*given)
+
+    monkeypatch.setattr(engine.decoder, "pick", pick)
     with closing(pieces(engine, Request([{"role": "user", "content": "?"}]))) as found:
         said = (piece.text for piece in found if piece.text)  # there are empty ones where a machine is slow
         assert [next(said), next(said)] == ["A", "l"]
+        assert all(begun.acquire(timeout=PATIENCE) for _ in range(3))  # the third step is under way
+        before = engine.steps
+    go.release(len(engine.script))
     until(lambda: not engine.decoder.rows, "the decoder's end")
-    assert engine.has_stopped()
+    assert engine.steps - before == 1
