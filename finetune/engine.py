@@ -125,7 +125,7 @@ class Engine:
         self.folder = adapter if adapter and manifest(adapter) else base
         self.name = assistant_name(self.folder) or self.name
         self.base, self.origin = bool(self.decoder.forward.adapter), model.origin(base, self.ref)
-        self.message = " ".join(failed)
+        self.message = "\n".join(failed)
         self.listeners: dict[Any, Callable[..., bool]] = {}
         threading.Thread(target=self._decode, daemon=True, name="decoder").start()
 

@@ -265,9 +265,9 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
             loading, ready = engine.status == "loading", engine.status == "ready"
             seconds = f"{engine.progress} … {time.monotonic() - engine.began:.0f} s" if loading else ""
             state = f"<b>{says(request, title)}{seconds}</b><p>{html.escape(says(request, words))}</p>"
-            failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before
+            sources = html.escape(says(request, engine.message)) if ready else ""  # that failed before one did not
             return [
-                f"{heading(engine.name)}{failed}<small>{html.escape(says(request, engine.runs_on))}</small>",
+                f"{heading(engine.name)}{sources and f'<p>{sources}</p>'}<small>{html.escape(says(request, engine.runs_on))}</small>",
                 gr.HTML(state, visible=not ready),
                 gr.Column(visible=ready),
                 gr.Timer(active=loading),

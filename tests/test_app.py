@@ -1,5 +1,6 @@
 """The page, in a real Chromium, on a real decoder whose tokens are written down beforehand."""
 
+import ast
 import http.client
 import itertools
 import json
@@ -22,7 +23,7 @@ import pytest
 from axe_playwright_python.sync_playwright import Axe
 
 import app
-from finetune import api, card, scorecard
+from finetune import api, card, places, scorecard
 from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
 from finetune.page import CODE, build, shown, text_of
@@ -273,13 +274,46 @@ def test_what_the_page_says_is_there_in_chinese():
     assert in_chinese("CPU, 2 threads, float16 weights, float32 sums.") == "CPU，2 线程，float16 权重，float32 累加。"
     assert in_chinese("NVIDIA H100, bfloat16 weights.") == "NVIDIA H100，bfloat16 权重。"
     assert in_chinese("CPU, 2 threads, float32 weights." + TOO_OLD).startswith(
-        "CPU，2 线程，float32 weights。有 NVIDIA GPU"
+        "CPU，2 线程，float32 权重。有 NVIDIA GPU（驱动 470.1），但 torch 2.13.0 无法使用：为 CUDA 13.0 编译。"
     )
-    for refusal in (lambda: Engine("x").submit(Request([]), print), lambda: api.limit(deque(), 8, 1)):
-        with pytest.raises((UserError, api.ApiError)) as told:
-            refusal()
-        sentence = getattr(told.value, "error", {}).get("message") or str(told.value)
-        assert re.search("[\u4e00-\u9fff]", in_chinese(sentence)), sentence
+
+
+def errors_in(module, *functions):
+    """What the functions, or all of the module, raise, with 7 for each value."""
+    for node in ast.walk(ast.parse((ROOT / "finetune" / f"{module}.py").read_text(encoding="utf-8"))):
+        if functions and not (isinstance(node, ast.FunctionDef) and node.name in functions):
+            continue
+        for call in ast.walk(node) if functions or isinstance(node, ast.Module) else ():
+            name = getattr(getattr(call, "func", None), "id", "")
+            for given in call.args if name in ("UserError", "Busy", "Unreachable") else ():
+                for text in (given.body, given.orelse) if isinstance(given, ast.IfExp) else (given,):
+                    if isinstance(text, ast.JoinedStr):
+                        yield "".join("7" if isinstance(v, ast.FormattedValue) else v.value for v in text.values)
+                    elif isinstance(text, ast.Constant) and isinstance(text.value, str):
+                        yield text.value
+
+
+def test_what_can_go_wrong_is_there_in_chinese():
+    pictures = {f"A picture {said}." for said in errors_in("pictures", "load", "_rgb")}
+    modules = ("engine", "remote", "serving", "generation", "forward")
+    found = {said for module in modules for said in errors_in(module)} | pictures
+    for module, *functions in (("pictures", "from_data_url"), ("hub", "pull", "_local", "_earlier"),
+                               ("model", "base_folder"), ("transfer", "patiently")):  # fmt: skip
+        found |= set(errors_in(module, *functions))
+    found |= {places.NO_REFERENCE.format("7"), "Message 7: this model does not see pictures; ask in words."}
+    found |= {"The machine is out of memory. Send the message again, or a shorter one."}
+    with pytest.raises(api.ApiError) as told:
+        api.limit(deque(), 8, 1)
+    found.add(told.value.error["message"])
+    assert len(found) > 35
+    for sentence in found:
+        chinese = in_chinese(sentence)
+        assert re.search("[\u4e00-\u9fff]", chinese), sentence
+        assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", chinese), chinese
+        assert chinese.count("7") == sentence.count("7")
+    assert in_chinese("'a' is not a folder; check its spelling.\n'b' is not a folder; check its spelling.") == (
+        "'a' 不是文件夹，请检查拼写。\n'b' 不是文件夹，请检查拼写。"
+    )
 
 
 def test_what_the_gate_says_is_there_in_chinese():
@@ -1051,17 +1085,19 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
         page.get_by_text("Loading the model").wait_for()
         engine.says("Here I am.")
         waiting.submit, waiting.trim = engine.submit, engine.trim
-        waiting.name, waiting.status, waiting.message = "Orivane", "ready", ""
+        waiting.name, waiting.status, waiting.message = "Orivane", "ready", "'a' is not a folder; check its spelling."
         for each in (page, chinese):
             each.locator("#box textarea").wait_for()
             assert not each.locator("#status").is_visible()
             assert each.locator("h1").inner_text() == "Orivane"
+        assert page.locator("#name p").inner_text() == "'a' is not a folder; check its spelling."
+        assert chinese.locator("#name p").inner_text() == "'a' 不是文件夹，请检查拼写。"
         send(page, "hi")
         sees(page, ("user", "hi"), ("bot", "Here I am."))
         assert json.loads(get(url + "/health")) == {
             "status": "ready",
             "model": "some/model",
-            "message": "",
+            "message": waiting.message,
             "runs_on": "",
         }
 
