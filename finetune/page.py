@@ -6,12 +6,10 @@ import inspect
 import json
 import os
 import re
-import threading
 import time
 import traceback
-from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -145,29 +143,7 @@ def warn(request: gr.Request, sentence: str) -> None:
     gr.Warning(html.escape(says(request, sentence)))
 
 
-class Visitors:
-    """So many answers a minute and at once for each address, as the API has it."""
-
-    def __init__(self) -> None:
-        self.asked: dict[str, deque[float]] = defaultdict(deque)
-        self.running: dict[str, int] = defaultdict(int)
-        self.lock = threading.Lock()
-
-    @contextmanager
-    def answering(self, request: gr.Request) -> Iterator[None]:
-        """Raises ApiError when that is too much."""
-        visitor = api.address(request)
-        with self.lock:
-            api.limit(self.asked[visitor], self.running[visitor], 1)
-            self.running[visitor] += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.running[visitor] -= 1
-
-
-def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[..., Iterator[tuple]]:
+def replies(engine: Engine, visitors: api.Visitors, bare: bool = False) -> Callable[..., Iterator[tuple]]:
     """The function that streams an answer to the last message into a chat, and says how full the context is. Gradio closes
     its generator on Stop and when the tab is closed, and with it the decoder."""
 
@@ -184,7 +160,8 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
             turns = [{"role": "system", "content": system}, *turns] if system and system.strip() else turns
             kept = engine.trim(turns, bare)
             asked = Request(kept, heat, top_p, owner=request.session_hash, bare=bare)
-            with visitors.answering(request), closing(pieces(engine, asked)) as found:
+            visitors.ask(visitor := api.address(request), 1)
+            with visitors.answering(visitor, 1), closing(pieces(engine, asked)) as found:
                 for piece in found:
                     answer += piece.text
                     if piece.ahead and not told:
@@ -239,7 +216,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
     font = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
     theme = gr.themes.Default(primary_hue="indigo", font=[font, "system-ui", "sans-serif"])
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # lighter is not legible
-    visitors = Visitors()
+    visitors = api.Visitors()
     with gr.Blocks(title=engine.name, fill_height=True, analytics_enabled=False) as page:
         name = gr.HTML(heading(engine.name), elem_id="name")
         status = gr.HTML(elem_id="status")
@@ -365,7 +342,9 @@ def sidebar_view(i18n: Any) -> Drawer:
     return Drawer(new, search, talks, title, as_json, as_markdown, load, delete, sure, gr.HTML(elem_id="notice"))
 
 
-def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: Drawer, sidebar: Any, tabs: Any) -> Any:
+def chat_view(
+    page: Any, engine: Engine, visitors: api.Visitors, i18n: Any, drawer: Drawer, sidebar: Any, tabs: Any
+) -> Any:
     """The chat with its settings, and what the sidebar does to it. Returns what only a model that sees has: the row in
     which pictures are chosen."""
     new, search, talks, title, as_json, as_markdown, load, delete, sure, notice = drawer
@@ -472,7 +451,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
     return eyes
 
 
-def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
+def side_view(engine: Engine, visitors: api.Visitors, i18n: Any) -> tuple[Any, Any]:
     """Base and tuned model answer the same messages; what is seen where the base is not there, and where it is."""
     no_base = gr.HTML(visible=False)
     with gr.Column(visible=False) as both:
