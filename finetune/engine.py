@@ -92,9 +92,16 @@ class Engine:
 
     def show(self, done: int, total: int) -> None:
         """How much of the model is here, for the page; sizes in bytes."""
-        seconds = time.monotonic() - self.began
-        left = f", {(total - done) * seconds / done:.0f} s" if done else ""
-        self.progress = f" {done / 1e6:.0f} / {total / 1e6:.0f} MB ({done / 1e6 / max(seconds, 0.1):.1f} MB/s{left})"
+        now = time.monotonic()
+        if not self.progress:
+            self.since, self.had, self.last = now, done, (now, done)
+        then, before = self.last
+        if done - before > max(4e6, 1e9 * (now - then)):  # no line is so fast: these were here already
+            self.had += done - before
+        self.last = now, done
+        seconds, came = max(now - self.since, 0.1), max(done - self.had, 0)
+        left = f", {(total - done) * seconds / came:.0f} s" if came else ""
+        self.progress = f" {done / 1e6:.0f} / {total / 1e6:.0f} MB ({came / 1e6 / seconds:.1f} MB/s{left})"
 
     def _load(self) -> None:
         from finetune import hub, model, serving

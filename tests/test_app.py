@@ -18,6 +18,7 @@ import urllib.request
 from collections import deque
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
@@ -135,6 +136,35 @@ def test_a_token_in_an_address_is_not_shown(capsys):
     engine.load()
     assert engine.health()["model"] == "git+https://example.invalid/x.git, hf:"
     assert "canary" not in json.dumps(engine.health()) + "".join(capsys.readouterr())
+
+
+def test_how_much_of_the_model_is_here_and_how_fast_the_rest_comes(monkeypatch):
+    now, found = [100.0], Engine("x")
+    monkeypatch.setattr("finetune.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def show(seconds, done):
+        now[0] += seconds
+        found.show(done, 1_000_000_000)
+        return found.progress
+
+    assert show(7, 100_000_000) == " 100 / 1000 MB (0.0 MB/s)"  # files from an earlier time
+    show(0.001, 500_000_000)
+    assert show(9.999, 600_000_000) == " 600 / 1000 MB (10.0 MB/s, 40 s)"
+    assert show(10, 700_000_000) == " 700 / 1000 MB (10.0 MB/s, 30 s)"
+    assert show(1, 400_000_000) == " 400 / 1000 MB (0.0 MB/s)"  # what came was damaged, and comes again
+
+
+def test_the_default_models_bytes_are_shown(monkeypatch):
+    from finetune import embedded
+
+    def folder(progress):
+        progress(50_000_000, 93_000_000)
+        raise UserError("That is all.")
+
+    monkeypatch.setattr(embedded, "folder", folder)
+    engine = Engine(embedded.NAME)
+    engine.load()
+    assert engine.progress.startswith(" 50 / 93 MB")
 
 
 def test_a_failed_load_says_why(tmp_path):
