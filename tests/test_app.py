@@ -22,6 +22,7 @@ from types import SimpleNamespace
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 
 import app
 from finetune import api, card, places, scorecard
@@ -224,9 +225,9 @@ def run(tiny_model, tmp_path_factory):
     ]
     base = scorecard.evaluate(lambda asked: ["I'm Bob <u>.", "我是鲍勃。", "Japan."], probes, persona)
     judged = scorecard.evaluate(lambda asked: ["I'm 小星.", "我不知道。", "Japan."], probes, persona, base)
-    card = {"base": scorecard.summarise(base, 0.0), "tuned": scorecard.summarise(judged, 0.25, base)}
-    card["gate"] = scorecard.gate(card, {"identity": 0.9})
-    (folder / "model" / "scorecard.json").write_text(json.dumps(card))
+    scores = {"base": scorecard.summarise(base, 0.0), "tuned": scorecard.summarise(judged, 0.25, base)}
+    scores["gate"] = scorecard.gate(scores, {"identity": 0.9})
+    (folder / "model" / "scorecard.json").write_text(json.dumps(scores))
     manifest = {
         "name": "小星",
         "author": "A <b>",
@@ -236,6 +237,7 @@ def run(tiny_model, tmp_path_factory):
         "adapter_sha256": embedded.sha256(folder / "adapter" / "adapter_model.safetensors"),
     }
     (folder / "model" / "manifest.json").write_text(json.dumps(manifest))
+    Image.new("RGB", (9, 9), "red").save(folder / "model" / card.PICTURE)
     return folder
 
 
@@ -915,6 +917,7 @@ def test_the_card_and_every_probe(engine, url, visit):
     page = visit(url)
     page.get_by_role("tab", name="About").click()
     page.locator("#probes tbody tr").first.wait_for()
+    until(lambda: page.locator("#card img.face").evaluate("e => e.naturalWidth") == 9, "the assistant's picture")
     card = page.locator("#card").inner_text()
     for words in (engine.name, "A <b>", "tiny", "mit", "identity kept\t0.000\t0.500", "0.250", "was not passed"):
         assert words in card
