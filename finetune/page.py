@@ -49,6 +49,10 @@ VISITORS = 100  # whose answers are written or waited for at once
 STYLES = {"precise": (0.0, 1.0), "balanced": (0.7, 0.9), "free": (1.0, 0.95)}  # temperature, top_p
 LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$\u2060", "\u2060$", False)]
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
+WAITS, WAITS_UNKNOWN = (
+    "Many are asking just now: {} before you, about {} s.",
+    "Many are asking just now: {} before you.",
+)
 NO_BASE = (
     "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published with "
     "--what both."
@@ -150,9 +154,8 @@ def replies(engine: Engine, visitors: api.Visitors, bare: bool = False) -> Calla
     def reply(
         history: list[dict], system: str, heat: float, top_p: float, talk: str, request: gr.Request
     ) -> Iterator[tuple]:
-        unchanged = gr.skip(), gr.skip(), gr.skip()  # a generator that yields nothing empties the chat
         if not history or history[-1]["role"] != "user":  # cleared meanwhile
-            yield unchanged
+            yield gr.skip(), gr.skip(), gr.skip()  # a generator that yields nothing empties the chat
             return
         answer, sent, told = "", 0.0, False
         try:
@@ -164,12 +167,15 @@ def replies(engine: Engine, visitors: api.Visitors, bare: bool = False) -> Calla
             with visitors.answering(visitor, 1), closing(pieces(engine, asked)) as found:
                 for piece in found:
                     answer += piece.text
-                    if piece.ahead and not told:
-                        waits = "Many are asking just now: {} before you, about {} s."
-                        gr.Info(says(request, waits).format(piece.ahead, round(engine.wait(piece.ahead))))
+                    if piece.ahead:
+                        wait = round(engine.wait(piece.ahead))
+                        waits = says(request, WAITS if wait else WAITS_UNKNOWN).format(piece.ahead, wait)
+                        if not told:
+                            gr.Info(waits)
                         told = True
+                        yield gr.skip(), waits, gr.skip()
                     if answer and time.monotonic() - sent > 0.05:  # more often only costs time
-                        yield talk, gr.skip(), [*history, message("assistant", answer)]
+                        yield talk, "" if told else gr.skip(), [*history, message("assistant", answer)]
                         sent = time.monotonic()
             fill = ""
             if piece.prompt_tokens and engine.context:
@@ -178,16 +184,13 @@ def replies(engine: Engine, visitors: api.Visitors, bare: bool = False) -> Calla
             if left_out := len(turns) - len(kept):
                 fill += says(request, " · the oldest {} messages are left out").format(left_out)
             yield talk, fill, [*history, message("assistant", answer)]
-        except UserError as error:
+        except (UserError, api.ApiError) as error:
             warn(request, str(error))
-            yield unchanged
-        except api.ApiError as error:
-            warn(request, error.error["message"])
-            yield unchanged
+            yield gr.skip(), "" if told else gr.skip(), gr.skip()
         except Exception:
             traceback.print_exc()
             warn(request, "The answer broke off; the server's log says why.")
-            yield unchanged
+            yield gr.skip(), "" if told else gr.skip(), gr.skip()
 
     return reply
 
@@ -416,7 +419,7 @@ def chat_view(
     chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.undo(undo, chatbot, [chatbot, box, urls, fill], **QUIET)
-    box.stop(idle, None, box, **QUIET)
+    box.stop(lambda: (idle(), ""), None, [box, fill], **QUIET)
 
     def script(event: Any, code: str, inputs: Any, outputs: Any) -> None:
         """The browser alone does this."""

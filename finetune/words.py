@@ -137,6 +137,7 @@ CHINESE = {
 }
 WRONG = {  # what the server alone says: it goes to no browser as a table
     "Many are asking just now: {} before you, about {} s.": "当前提问较多，您前面还有 {} 位，约 {} 秒。",
+    "Many are asking just now: {} before you.": "当前提问较多，您前面还有 {} 位。",
     "The answer broke off; the server's log says why.": "回答中断，原因见服务器日志。",
     "The message is too long: {} characters, and {} fit. Shorten it and send it again.": (
         "消息太长：{} 个字符，最多 {} 个。请缩短后重新发送。"

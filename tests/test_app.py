@@ -5,6 +5,7 @@ import http.client
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -698,6 +699,56 @@ def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engin
     monkeypatch.setattr(engine, "submit", lambda *_: 1 / 0)
     send(other, "Again")
     other.get_by_text("The answer broke off; the server's log says why.").wait_for()
+
+
+def test_who_waits_sees_how_many_are_before(engine, url, visit, monkeypatch):
+    monkeypatch.setattr(engine.decoder, "most_rows", 1)
+    monkeypatch.setattr(engine, "wait", lambda ahead: 40.4 * (ahead - 1))  # nothing is known of the last one
+    engine.says("All the world's a stage, " * 9, delay=0.3)
+    ask, page = [{"role": "user", "content": "?"}], visit(url)
+    first = [engine.submit(Request(ask), lambda piece: None) for _ in range(2)]
+    try:
+        send(page, "And I?")
+        toast = page.locator(".toast-body").get_by_text("Many are asking just now: 2 before you, about 40 s.")
+        toast.wait_for()
+        page.locator("#fill").get_by_text("Many are asking just now: 2 before you, about 40 s.").wait_for()
+        first.pop().cancel()
+        page.locator("#fill").get_by_text("Many are asking just now: 1 before you.").wait_for()
+        assert talk(page) == [("user", "And I?")]
+        engine.says("Yes.")
+    finally:
+        for each in first:
+            each.cancel()
+    sees(page, ("user", "And I?"), ("bot", "Yes."))
+    page.locator("#fill").get_by_text(re.compile(r"^\d+ of 1024 tokens in use$")).wait_for()
+
+
+def test_the_wait_is_reckoned_from_the_answers_since_there_was_nothing_to_do(engine):
+    heard = queue.SimpleQueue()
+    engine.says("Yes.")
+    for most in (1e9, 1e3):
+        engine.submit(Request([{"role": "user", "content": "?"}]), heard.put)
+        while not heard.get(timeout=PATIENCE).finish:
+            pass
+        assert 0 < engine.wait(3) < most
+        engine.ended[0] -= 1e6  # a night
+        assert engine.wait(3) > 1e6
+
+
+def test_an_engine_that_died_is_said_and_nothing_typed_is_lost(visit):
+    from finetune.remote import Remote
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    dead = Remote(f"http://127.0.0.1:{port}", None)
+    dead.status, dead.served = "ready", "x"
+    with serving(dead) as url:
+        page = visit(url, locale="zh-CN")
+        send(page, "Hello")
+        said = rf"^推理服务 http://127\.0\.0\.1:{port} 无法连接：.*。请启动它，或更正 --engine。"
+        page.get_by_text(re.compile(said)).wait_for()
+        until(lambda: idle(page), "the send button")
+        assert talk(page) == [("user", "Hello")]
 
 
 def test_an_example_is_sent_and_nothing_is_not(engine, url, visit):
