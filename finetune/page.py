@@ -363,9 +363,18 @@ def chat_view(
         add = gr.Button(i18n("Add a picture"), size="sm", scale=0, min_width=120, elem_id="add")
         chosen = gr.HTML(elem_id="chosen")
         remove = gr.Button(i18n("Remove the pictures"), size="sm", scale=0, min_width=120, visible=False)
-    fill = gr.HTML(elem_id="fill")
+    with gr.Row(elem_id="under"):
+        style = gr.Radio(
+            [(i18n(name), name) for name in STYLES],
+            value="balanced",
+            label=i18n("Style"),
+            show_label=False,
+            container=False,
+            min_width=240,
+            elem_id="style",
+        )
+        fill = gr.HTML(elem_id="fill")
     with gr.Accordion(i18n("Settings"), open=False, elem_id="settings") as settings:
-        style = gr.Radio([(i18n(name), name) for name in STYLES], value="balanced", label=i18n("Style"))
         with gr.Row():
             heat = gr.Slider(0, 2, STYLES["balanced"][0], step=0.05, label=i18n("Temperature"))
             top_p = gr.Slider(0.05, 1, STYLES["balanced"][1], step=0.05, label=i18n("Top p"))

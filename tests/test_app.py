@@ -645,8 +645,8 @@ def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
     assert (engine.request.temperature, engine.request.top_p) == (0.7, 0.9)
     prompt = len(engine.form.prompt([{"role": "user", "content": "A"}]))
     assert page.locator("#fill").inner_text() == f"已用 {prompt + 5} / 1024 个词元"  # four bytes and the stop token
+    page.get_by_label("精确").click()  # seen at once; the numbers lie behind the fold
     page.get_by_role("button", name="设置").click()
-    page.get_by_label("精确").click()
     until(lambda: page.locator("#settings input[type=number]").first.input_value() == "0", "the numbers")
     page.get_by_label("系统提示词").fill("Be <brief>.")
     send(page, "B")
