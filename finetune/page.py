@@ -86,6 +86,22 @@ PICTURE = re.compile(r'<img alt="" src="(data:image/[\w.+-]+;base64,[A-Za-z0-9+/
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 FORMULA = re.compile(r"(?<![\\$])\$(?=[^\s$])([^$\n]*[^\s\\$])\$(?![\d$])")
 
+DISPLAYED = re.compile(r"\$\$.+?\$\$|(?<!\\)\\\[.+?\\\]|(?<!\\)\\\(.+?\\\)", re.DOTALL)
+# The beginning of a formula, or of its delimiter; what goes on over a blank line or so long is none.
+HALF = re.compile(
+    r"(?:\$\$(?:(?!\n\n).){0,999}|(?<!\\)\\[\[(](?:(?!\n\n).){0,999}|(?<!\\)[\\$]|(?<![\\$])\$[^\s$\d][^$\n]{0,99})\Z",
+    re.DOTALL,
+)
+
+
+def unbroken(text: str) -> str:
+    """Without the formula that it ends in the middle of."""
+    last = masked = CODE.split(text)[-1]
+    for whole in (DISPLAYED, FORMULA):
+        masked = whole.sub(lambda found: "x" * len(found[0]), masked)
+    half = HALF.search(masked)
+    return text[: len(text) - len(last) + half.start()] if half else text
+
 
 def shown(text: str) -> str:
     parts = CODE.split(text)
@@ -174,8 +190,8 @@ def replies(engine: Engine, visitors: api.Visitors, bare: bool = False) -> Calla
                             gr.Info(waits)
                         told = True
                         yield gr.skip(), waits, gr.skip()
-                    if answer and time.monotonic() - sent > 0.05:  # more often only costs time
-                        yield talk, "" if told else gr.skip(), [*history, message("assistant", answer)]
+                    if time.monotonic() - sent > 0.05 and (half := unbroken(answer)):  # more often only costs time
+                        yield talk, "" if told else gr.skip(), [*history, message("assistant", half)]
                         sent = time.monotonic()
             fill = ""
             if piece.prompt_tokens and engine.context:

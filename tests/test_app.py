@@ -29,7 +29,7 @@ import app
 from finetune import api, card, places, scorecard
 from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
-from finetune.page import CODE, build, shown, text_of
+from finetune.page import CODE, build, shown, text_of, unbroken
 from finetune.words import in_chinese
 
 ROOT = Path(__file__).parent.parent
@@ -109,6 +109,22 @@ def test_shown_text_is_read_back_as_it_was(text):
     assert text_of(shown(text)) == text
     assert text_of([{"type": "text", "text": shown(text)}]) == text
     assert not re.search(r"<[a-z/!?]", re.sub(CODE, "", shown(text)))
+
+
+FORMULAS = r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$; it costs $5, or $6 with $x$."
+
+
+def test_no_half_formula_is_shown():
+    text = FORMULAS + "\n```\n$$ \\(\n```\nin `\\(` or \\$ there \\\\[1em] is none; $$\ne\n$$"
+    seen = [unbroken(text[:i]) for i in range(len(text) + 1)]
+    assert [len(each) for each in seen] == sorted(map(len, seen))
+    assert seen[-1] == text
+    for begun in ("$$a", "a^2$", "and $", "and \\", "\\[b", "\\(c", "$d"):
+        assert not [each for each in seen if each.endswith(begun)], begun
+    for whole in ("$$a^2$$", "\\[b^2\\]", "\\(c^2\\)", "$d^2$", "costs $5, or $6 w", "```\n$$ \\", "`\\(`", "\\\\[1"):
+        assert [each for each in seen if each.endswith(whole)], whole
+    for open_end in ("\\( and so on.\n\nNext", "$$ " + "word " * 250, "$HOME is\nset", "$h " + "x" * 100):
+        assert unbroken(open_end) == open_end
 
 
 def test_newest_finished_run(tmp_path):
@@ -570,6 +586,12 @@ def test_retry_undo_edit_clear_and_copy(engine, url, visit):
     page.get_by_role("button", name="Copy message").last.click()
     until(lambda: page.evaluate("navigator.clipboard.readText()") == "Second.", "the copy")
 
+    engine.says("```python\nprint('hi')\n```\nThat is all.")
+    page.get_by_role("button", name="Retry").click()
+    until(lambda: "That is all." in talk(page)[-1][1] and idle(page), "the code")
+    page.locator("#chat .copy_code_button").click()
+    until(lambda: page.evaluate("navigator.clipboard.readText()").strip() == "print('hi')", "the code's copy")
+
     engine.says("Third.")
     page.get_by_role("button", name="Retry").click()
     sees(page, ("user", "A"), ("bot", "First."), ("user", "B"), ("bot", "Third."))
@@ -661,12 +683,22 @@ def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
 
 
 def test_formulas_in_all_four_delimiters(engine, url, visit):
-    engine.says(r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$; it costs $5, or $6 with $x$.")
     page = visit(url)
+    page.evaluate("""() => {
+        window.seen = [];
+        new MutationObserver(() => seen.push(document.querySelector("#chat [data-testid=bot]")?.innerText ?? ""))
+            .observe(document.querySelector("#chat"), { childList: true, subtree: true, characterData: true });
+    }""")
+    engine.says(FORMULAS, delay=0.03)
     send(page, "Is it $5 or $6?")
     until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 5 and idle(page), "five formulas")
     assert "it costs $5, or $6 with" in talk(page)[1][1]
     assert talk(page)[0][1] == "Is it $5 or $6?"
+    seen = page.evaluate("seen")
+    assert len(set(seen)) > 3
+    for each in seen:
+        assert each.count("$$") in (0, 2), each
+        assert (each.count("\\["), each.count("\\(")) == (each.count("\\]"), each.count("\\)")), each
 
 
 def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engine, url, visit, monkeypatch):
