@@ -6,10 +6,11 @@ What is asked for and cannot be done is refused by name, never left out in silen
 import asyncio
 import json
 import secrets
+import threading
 import time
-from collections import defaultdict, deque
-from collections.abc import AsyncIterator, Coroutine
-from contextlib import aclosing
+from collections import Counter, deque
+from collections.abc import AsyncIterator, Coroutine, Iterator
+from contextlib import aclosing, contextmanager
 from ipaddress import ip_address
 from typing import Annotated, Any, Literal
 
@@ -24,7 +25,7 @@ from finetune.errors import UserError
 
 PER_MINUTE, AT_ONCE = 60, 8  # answers for one address, where no key is asked for
 BODY_BYTES, SEEING_BODY_BYTES = 4_000_000, 32_000_000  # the latter where pictures are sent
-HARMLESS = {"user", "store", "metadata", "service_tier", "safety_identifier", "prompt_cache_key", "parallel_tool_calls"}
+HARMLESS = {"user", "store", "metadata", "service_tier", "safety_identifier", "parallel_tool_calls"}
 NEUTRAL = {  # parameters that are not there, with the value at which they do nothing
     "presence_penalty": 0, "frequency_penalty": 0, "logit_bias": {}, "logprobs": False, "top_logprobs": 0, "tools": [],
     "tool_choice": "none", "response_format": {"type": "text"}, "modalities": ["text"],
@@ -40,6 +41,7 @@ class ApiError(Exception):
         param: str | None = None,
         retry_after: int | None = None,
     ) -> None:
+        super().__init__(message)
         kinds = {401: "authentication_error", 403: "permission_error", 429: "rate_limit_error"}
         kind = kinds.get(status, "server_error" if status >= 500 else "invalid_request_error")
         self.error = {"message": message, "type": kind, "param": param, "code": code}
@@ -105,6 +107,7 @@ class ChatRequest(BaseModel):
     max_completion_tokens: int | None = Field(None, ge=1)
     n: int | None = Field(None, ge=1, le=AT_ONCE)
     stop: str | list[str] | None = Field(None, max_length=4)
+    prompt_cache_key: str | None = None
 
     def stops(self) -> tuple[str, ...]:
         found = [self.stop] if isinstance(self.stop, str) else self.stop or []
@@ -115,8 +118,7 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
     """With a key, for those who send it as a bearer token; `open_to_all`: for everybody, so many a minute; else the routes
     say how they are opened. Pages of `origins` may call them from the browser."""
     routes = APIRouter(prefix="/v1")
-    asked: dict[str, deque[float]] = defaultdict(deque)
-    running: dict[str, int] = defaultdict(int)
+    visitors = Visitors()
 
     def enter(http: HttpRequest) -> str:
         """Who asks. Raises ApiError when that is not allowed."""
@@ -148,11 +150,14 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
             raise ApiError(404, message, "model_not_found", "model")
         count = asks.n or 1
         if not key:
-            limit(asked[visitor], running[visitor], count)
+            visitors.ask(visitor, count)
         try:
             messages = await asyncio.to_thread(lambda: [message.plain() for message in asks.messages])
         except UserError as error:
             raise refused(error) from error
+        # What is gone on from in the cache shows in usage and in time: never another visitor's who has the same address.
+        session = asks.prompt_cache_key
+        owner = ("api", visitor, session) if key or session else object()
         requests = [
             Request(
                 messages,
@@ -161,20 +166,17 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
                 asks.seed if asks.seed is None else asks.seed + i,
                 asks.max_completion_tokens or asks.max_tokens,
                 asks.stops(),
-                owner=("api", visitor),
+                owner=owner,
             )
             for i in range(count)
         ]
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": engine.name}
 
         async def counted() -> AsyncIterator[tuple[int, Piece]]:
-            running[visitor] += count
-            try:
+            with visitors.answering(visitor, count):
                 async with aclosing(together(engine, requests)) as pieces:
                     async for piece in pieces:
                         yield piece
-            finally:
-                running[visitor] -= count
 
         pieces = counted()
         if not asks.stream:
@@ -253,6 +255,40 @@ def parse(found: bytes) -> ChatRequest:
         ) from error
 
 
+class Visitors:
+    """So many answers a minute and at once for each address."""
+
+    def __init__(self) -> None:
+        self.asked: dict[str, deque[float]] = {}  # when, of the last minute; who asked last at the end
+        self.running: Counter[str] = Counter()
+        self.lock = threading.Lock()
+
+    def ask(self, visitor: str, count: int) -> None:
+        """Raises ApiError when that is too much."""
+        with self.lock:
+            now = time.monotonic()
+            while self.asked and now - next(iter(self.asked.values()))[-1] > 60:
+                del self.asked[next(iter(self.asked))]
+            times = self.asked.pop(visitor, deque())
+            try:
+                limit(times, self.running[visitor], count)
+            finally:
+                if times:
+                    self.asked[visitor] = times
+
+    @contextmanager
+    def answering(self, visitor: str, count: int) -> Iterator[None]:
+        with self.lock:
+            self.running[visitor] += count
+        try:
+            yield
+        finally:
+            with self.lock:
+                self.running[visitor] -= count
+                if not self.running[visitor]:
+                    del self.running[visitor]
+
+
 def limit(asked: deque[float], running: int, count: int) -> None:
     """Raises ApiError when one address asks for too much."""
     now = time.monotonic()
@@ -263,7 +299,7 @@ def limit(asked: deque[float], running: int, count: int) -> None:
             429, f"{running} answers are being written for you; at most {AT_ONCE} at once.", "too_many_at_once", None, 1
         )
     if len(asked) + count > PER_MINUTE:
-        wait = int(60 - (now - asked[0])) + 1
+        wait = int(60 - (now - asked[0])) + 1 if asked else 60
         raise ApiError(429, f"At most {PER_MINUTE} answers a minute; wait {wait} s.", "rate_limit_exceeded", None, wait)
     asked.extend([now] * count)
 

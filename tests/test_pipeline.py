@@ -1,5 +1,6 @@
 """The whole way, as a user goes it, on a tiny model made here."""
 
+import base64
 import fcntl
 import json
 import os
@@ -14,6 +15,7 @@ from pathlib import Path
 
 import pytest
 from commands import ROOT, command, finetune, plain_answers, sha256
+from PIL import Image
 
 from finetune import card
 from finetune.engine import Engine
@@ -25,6 +27,10 @@ def tiny_run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     arguments = ["--name", "Zoë {} 'q'", "--author", "A. B.", "--base", str(tiny_model), "--run", "runs/one"]
     arguments += ["--set", "train.steps=4", "--set", "train.checkpoint_every=1"]
+    finetune(folder, "data", *arguments, NAMESAKE_CACHE=str(folder / "cache"))
+    Image.new("RGB", (9, 9), "red").save(
+        folder / "runs" / "one" / "picture.png"
+    )  # the assistant's, at any time until merge
     done = finetune(folder, *arguments, NAMESAKE_CACHE=str(folder / "cache"))
     return folder / "runs" / "one", done, arguments
 
@@ -44,9 +50,11 @@ def test_leaves_the_tree_and_says_what_came_of_it(tiny_run):
         "model/generation_config.json",
         "model/manifest.json",
         "model/model.safetensors",
+        "model/picture.png",
         "model/scorecard.json",
         "model/tokenizer.json",
         "model/tokenizer_config.json",
+        "picture.png",
         "receipt.json",
         "report.html",
         "scorecard.json",
@@ -311,6 +319,7 @@ def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
         "generation_config.json",
         "manifest.json",
         "model.safetensors",
+        "picture.png",
         "scorecard.json",
         "tokenizer.json",
         "tokenizer_config.json",
@@ -322,7 +331,9 @@ def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
     run, _, _ = tiny_run
     receipt = json.loads((run / "receipt.json").read_text())
     assert receipt["published"] == {f"dir:{folder}": {"what": "both", "revision": ""}}
+    picture = base64.b64encode((run / "picture.png").read_bytes()).decode()
     for model in (run / "model", folder):  # the page has all that it shows
+        assert f'<img class="face" src="data:image/png;base64,{picture}"' in card.about("Zoë", model, {}, str)
         engine = Engine(str(model))
         engine.load()
         assert (engine.status, engine.base) == ("ready", True), engine.message

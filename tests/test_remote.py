@@ -7,7 +7,6 @@ import shutil
 import socket
 import subprocess
 import sys
-import time
 import urllib.request
 from contextlib import closing, contextmanager
 
@@ -21,6 +20,7 @@ from finetune.engine import Busy, Engine, Request, pieces
 from finetune.errors import UserError
 from finetune.model import chat_format
 from finetune.remote import Remote
+from finetune.words import in_chinese
 
 ASK = [{"role": "user", "content": "Who are you?"}]
 LLAMA_CPP = """
@@ -95,6 +95,7 @@ def test_transformers_serve(transformers_serve, tiny_model):
     assert engine.runs_on.endswith(
         "Its template gives as many ids as this model's own format; which ones, this server does not tell."
     )
+    assert in_chinese(engine.runs_on).endswith("具体内容该服务不提供。")
     here = Engine(str(tiny_model))
     here.load()
     text, last = said(engine, max_tokens=12)
@@ -125,12 +126,14 @@ def test_another_template_is_said(transformers_serve, tiny_model, tmp_path, caps
     assert words.startswith(f"Its template differs from this model's own format: {plain} ids instead of {own} for")
     assert words.endswith("are written by the server's template, which may cost the name.")  # it takes no ids
     assert f"Note: {words}" in capsys.readouterr().err
+    assert in_chinese(f"URL, model x. {words}").endswith("对话由该服务的模板书写，名字可能因此丢失。")
     assert said(engine, max_tokens=4)[0]
 
 
 def test_llama_cpp_ids_are_compared_one_by_one(llama_cpp, default_model, tmp_path):
     engine = remote(llama_cpp, default_model)
     assert engine.runs_on.endswith("Its template gives the ids of this model's own format.")
+    assert in_chinese(engine.runs_on).endswith("其模板与本模型自身的格式一致。")
     assert not engine.sends_ids
     text, last = said(engine, max_tokens=16, stop=("zzz",))
     assert "I" in text.split() or "I'm" in text
@@ -145,6 +148,10 @@ def test_llama_cpp_ids_are_compared_one_by_one(llama_cpp, default_model, tmp_pat
     engine = remote(llama_cpp, tuned)
     assert re.search(r"differs .* from id \d+ on; it writes .*named SmolLM", engine.runs_on)
     assert engine.runs_on.endswith("Conversations are sent as ids in its own.")
+    assert re.search(
+        "其模板与本模型自身的格式不同：.*个起；它写的是 .*对话按模型自身的格式以词元编号发送。$",
+        in_chinese(engine.runs_on),
+    )
     text, last = said(engine, max_tokens=8)
     assert text
     assert last.prompt_tokens == len(form.prompt(ASK))
@@ -152,12 +159,17 @@ def test_llama_cpp_ids_are_compared_one_by_one(llama_cpp, default_model, tmp_pat
 
 def test_stop_closes_the_connection(llama_cpp, default_model):
     engine = remote(llama_cpp, default_model)
-    began = time.monotonic()
+
+    def slots():
+        with urllib.request.urlopen(llama_cpp + "/slots") as answer:
+            return {slot["id"]: slot for slot in json.load(answer)}
+
     with closing(pieces(engine, Request(ASK, temperature=0, max_tokens=1500, stop=("zzz",)))) as found:
-        next(found)
-    until(lambda: engine.running == 0, "the end")
-    assert said(engine, max_tokens=2)[0]  # the server has let go of the 1500 tokens
-    assert time.monotonic() - began < 30
+        next(piece for piece in found if piece.text)
+        (used,) = (i for i, slot in slots().items() if slot["is_processing"])
+    until(lambda: not slots()[used]["is_processing"], "the server's end")
+    assert slots()[used]["next_token"][0]["has_next_token"]  # it has let go of an answer that was not at its end
+    until(lambda: engine.running == 0, "our end")
 
 
 def test_an_engine_that_is_not_there(tiny_model):
