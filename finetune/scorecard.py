@@ -446,10 +446,9 @@ def summarise(
     return {
         **learned,
         "identity": _share(identity),
-        "identity_interval": wilson(sum(entry["passed"] for entry in identity), len(identity)),
         "identity_by_kind": _by_kind(identity),
         "leak": _share(leaks),
-        "leak_interval": wilson(sum(entry["passed"] for entry in leaks), len(leaks)),
+        "intervals": _intervals(identity, "identity") | _intervals(leaks, "leak") | _intervals(seen, "sight"),
         "leak_by_kind": _by_kind(leaks),
         "parrot": parrot([entry["answer"] for entry in judged if entry["kind"] == "ordinary"]),
         "kl": kl,
@@ -463,13 +462,23 @@ def _share(entries: Sequence[dict[str, Any]]) -> float | None:
     return sum(entry["passed"] for entry in entries) / len(entries) if entries else None
 
 
-def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares by kind ("name") and by kind and language ("name/zh"), in the entries' order."""
+def _groups(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By kind ("name") and by kind and language ("name/zh"), in the entries' order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         for key in (entry["kind"], f"{entry['kind']}/{entry['lang']}"):
             groups.setdefault(key, []).append(entry)
-    return {key: _share(group) for key, group in groups.items()}
+    return groups
+
+
+def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {key: _share(group) for key, group in _groups(entries).items()}
+
+
+def _intervals(entries: Sequence[dict[str, Any]], figure: str) -> dict[str, list[float]]:
+    """Of the figure itself, and by kind and language."""
+    groups = {figure: entries} | _groups(entries) if entries else {}
+    return {key: wilson(sum(e["passed"] for e in group), len(group)) for key, group in groups.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- the gate

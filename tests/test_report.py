@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import report
+from finetune import report, scorecard
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -138,6 +138,29 @@ def test_the_pages_figures(tmp_path):
     assert curves == ["0.0,0.0 600.0,80.0"] * 3 + ["0.0,0.0"]  # the last: of the one line that has it
     assert "2 steps · 777 tokens · 50 tokens/s · 16 s" in raw
     assert "largest logit difference 0.00012, equal greedy tokens 100.0 % of 321" in raw
+
+
+def test_shares_by_kind_and_language_have_intervals(tmp_path, capsys):
+    run = make_run(tmp_path, "小星")
+    card = run.read("scorecard.json")
+    asked = [
+        (kind, lang, right) for kind, lang in (("name", "en"), ("name", "zh"), ("near", "zh")) for right in (1, 0, 1)
+    ]
+    entries = [
+        {"id": str(i), "kind": kind, "lang": lang, "messages": [], "answer": "", "passed": bool(right)}
+        for i, (kind, lang, right) in enumerate(asked)
+    ]
+    card["merged"] |= {k: v for k, v in scorecard.summarise(entries).items() if k != "answers"}
+    run.write("scorecard.json", card)
+    report.write_report(run)
+    report.print_scorecard(run)
+    two, four, leak = "0.67  0.21–0.94", "0.67  0.30–0.90", "0.33  0.06–0.79"  # Wilson's of 2 in 3, 4 in 6, 1 in 3
+    of_identity = [("identity", [four, "–", "–"]), ("name", [four, two, two])]
+    assert report.by_kind(run) == [*of_identity, ("leak", [leak, "–", "–"]), ("near", [leak, "–", leak])]
+    page, said = (tmp_path / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in ("name", four, two, "near", leak):
+        assert f">{text}</td>" in page
+        assert text in said
 
 
 # ------------------------------------------------------------------------------------------------------- model card

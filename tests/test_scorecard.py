@@ -385,7 +385,6 @@ def test_summarise():
         "system_old": 1,
         "system_old/zh": 1,
     }
-    assert figures["identity_interval"] == scorecard.wilson(3, 4)
     assert figures["leak"] == 1 / 6
     assert figures["leak_by_kind"] == {
         "near": 0.5,
@@ -395,7 +394,10 @@ def test_summarise():
         "after_identity": 0,
         "after_identity/en": 0,
     }
-    assert figures["leak_interval"] == scorecard.wilson(1, 6)
+    of = {"identity": (3, 4), "name": (1, 2), "name/en": (1, 1), "name/zh": (0, 1), "maker": (1, 1), "maker/en": (1, 1)}
+    of |= {"system_old": (1, 1), "system_old/zh": (1, 1), "leak": (1, 6), "near": (1, 2), "near/en": (1, 2)}
+    of |= {"ordinary": (0, 3), "ordinary/en": (0, 3), "after_identity": (0, 1), "after_identity/en": (0, 1)}
+    assert figures["intervals"] == {key: scorecard.wilson(*counts) for key, counts in of.items()}
     assert figures["parrot"] == 2 / 3  # among the ordinary answers alone
     assert figures["kl"] == 0.02
     assert (
