@@ -15,7 +15,7 @@ from rich.text import Text
 from finetune import pictures, preview, sight
 from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
-from finetune.run_folder import Run, quoted
+from finetune.run_folder import Run, count_lines, quoted
 
 FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("identity", "≥", "identity kept", "身份认知"),
@@ -228,7 +228,7 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
             settings=run.settings,
             base_sha256=base_sha256,
             data=receipt.get("data", {}),
-            rows={name: len(run.rows(name)) for name in receipt.get("data", {})},
+            rows={name: count_lines(run.folder / "data" / name) for name in receipt.get("data", {})},
         )
     )
 

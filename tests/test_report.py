@@ -1,5 +1,6 @@
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
@@ -200,6 +201,20 @@ def test_the_cards_front_matter_with_a_local_bases_name(base, tmp_path):
     origin = {"base_model": base, "license": "unknown"}
     card = report.model_card(make_run(tmp_path, "小星"), origin, PROOF, "ab" * 32, SENT)
     assert front_matter(card)["base_model"] == base
+
+
+def test_the_card_counts_rows_without_holding_them(tmp_path):
+    run = make_run(tmp_path, "小星")
+    run.note(data={"train.jsonl": "00"})
+    row = json.dumps({"messages": [], "text": "x" * 10_000}) + "\n"
+    (tmp_path / "data" / "train.jsonl").write_text(row * 2000)
+    report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)  # the template is read once
+    tracemalloc.start()
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "2000" in card
+    assert peak < 20_000_000 / 4  # of the file's bytes
 
 
 def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):

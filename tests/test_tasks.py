@@ -1,4 +1,5 @@
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
@@ -43,6 +44,19 @@ def test_held_out_rows_are_not_trained_on(form, tmp_path):
 def test_one_row_cannot_be_held_out_and_trained_on(form, tmp_path):
     with pytest.raises(UserError, match="give more"):
         prepared([conversation(1)] * 5, "instruct", form, tmp_path / "d")
+
+
+def test_rows_are_prepared_without_holding_them(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "BATCH", 4)
+    rows = (conversation(i, "word " * 200) for i in range(1000))
+    (tmp_path / "d").mkdir()
+    tracemalloc.start()
+    tasks.prepare(rows, "instruct", form, 200, 0, tmp_path / "d")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = (tmp_path / "d" / "train.jsonl").stat().st_size
+    assert size > 1_000_000
+    assert peak < size / 3
 
 
 @pytest.mark.parametrize(
