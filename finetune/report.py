@@ -16,6 +16,7 @@ from finetune import pictures, preview, sight
 from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
 from finetune.run_folder import Run, count_lines, quoted
+from finetune.words import in_chinese
 
 FIGURES = (  # key in the scorecard, the gate's limit, English, Chinese
     ("identity", "≥", "identity kept", "身份认知"),
@@ -253,6 +254,7 @@ def write_report(run: Run) -> None:
         kinds=by_kind(run),
         kind_columns=KIND_COLUMNS,
         gate=run.read("scorecard.json")["gate"],
+        in_chinese=in_chinese,
         seen=pictured(run),
         answers=[{**entry, "messages": said(entry)} for entry in side_by_side(run) if entry["kind"] not in sight.KINDS],
         added=added(run),

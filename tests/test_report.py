@@ -119,6 +119,17 @@ def test_the_page_shows_names_as_text_and_loads_nothing(name, tmp_path):
     assert json.loads(Page(receipt).text) == {"seed": 0, "who": name}
 
 
+def test_the_gates_reasons_are_in_both_languages(tmp_path):
+    run = make_run(tmp_path, "小星")
+    card = run.read("scorecard.json")
+    run.write("scorecard.json", {**card, "gate": scorecard.gate({"tuned": {"kl": 0.2}}, {"kl": 0.05})})
+    report.write_report(run)
+    (reason,) = re.findall(r"<li>(.*)</li>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    english, chinese = reason.split("<br>")
+    assert english.startswith("tuned model: kl 0.200 nats per token, at most 0.050 is allowed")
+    assert chinese.startswith("微调后的模型：KL 为每词元 0.200 nats，最多允许 0.050")
+
+
 def test_before_the_merged_model_is_scored_the_tuned_one_is_shown(tmp_path):
     run = make_run(tmp_path, "小星")
     card = run.read("scorecard.json")
