@@ -25,7 +25,7 @@ from finetune import embedded, identity, records, scorecard, settings, sight, ta
 from finetune.card import PICTURE
 from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
 from finetune.embedded import say
-from finetune.errors import UserError
+from finetune.errors import GateRefused, UserError
 from finetune.run_folder import ANSWER_TOKENS, Run, read_lines, write_lines
 from finetune.terminal import chat
 
@@ -417,7 +417,7 @@ def compare(run: Run) -> None:
             if not is_done(own, stage):
                 say(f"[{method}: {stage}]")
                 command = [sys.executable, str(ROOT / "finetune" / "run.py"), stage, "--run", str(own.folder)]
-                if status := subprocess.run(command, check=False).returncode:
+                if (status := subprocess.run(command, check=False).returncode) not in (0, GateRefused.status):
                     raise UserError(
                         f"{method} ended with exit status {status}; mend it, then run '{run.command}' again."
                     )
