@@ -507,10 +507,8 @@ def gate(scorecard: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
 
 def _reasons(figures: dict[str, Any], base: dict[str, Any], limits: dict[str, float]) -> Iterable[str]:
     for key in limits:
-        if key not in ("identity_kind", "kl") and figures.get(key) is None:
+        if key != "identity_kind" and figures.get(key) is None:
             yield f"{key} was not measured, there were no probes for it; add some, or build the data again."
-    if "kl" in limits and figures.get("kl") is None:
-        yield "kl was not measured; run the evaluate stage again."
 
     def beyond(key: str, sign: int, value: float | None = None) -> bool:
         value = figures.get(key) if value is None else value

@@ -299,7 +299,7 @@ def evaluate(run: Run) -> None:
 def evaluate_model(run: Run, ref: str) -> None:
     """Any model that transformers opens, under its own chat template, beside the run's base: leaves a scorecard.json, no more.
 
-    KL is measured where the model has the base's output head, as one tuned from it has.
+    KL is measured, and asked for by the gate, where the model has the base's output head, as one tuned from it has.
     """
     import torch
 
@@ -314,8 +314,13 @@ def evaluate_model(run: Run, ref: str) -> None:
     heads = [m.get_output_embeddings().weight for m in (model, models.load(run.base, models.inference_dtype()))]
     same_head = heads[0].shape == heads[1].shape and torch.equal(*heads)
     scored = score(run, model, form, base, kl=same_head)
+    limits = run.limits
+    if not same_head:
+        say("KL is not measured: the model's output head is not the base's. / 未测量 KL：该模型的输出层与底座不同。")
+        limits.pop("kl", None)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": scored})
+    card = {"base": scorecard.summarise(base, kl=0.0), "tuned": scored}
+    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, limits)})
 
 
 def write_scorecard(run: Run, card: dict[str, Any]) -> None:

@@ -443,7 +443,7 @@ def test_gate_passes_at_the_limits():
         ({"kl": 0.101}, ["kl 0.101", "0.100"]),
         ({"facts_kept": 0.89}, ["facts kept 0.89", "0.90"]),
         ({"identity": None}, ["identity was not measured"]),
-        ({"kl": None}, ["kl was not measured", "evaluate"]),
+        ({"kl": None}, ["kl was not measured", "probes"]),
     ],
 )
 def test_gate_names_figure_limit_and_kind(change, words):
