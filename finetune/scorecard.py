@@ -126,7 +126,7 @@ def plain(text: str) -> str:
 _LETTER = r"0-9A-Za-z\u00c0-\u024f\u0370-\u052f"  # scripts that put spaces between words
 _HAN = r"\u3400-\u9fff"
 _CUE = re.compile(  # what makes a lower-case word, "hope" or "orivane", a name
-    r"(?:\b(?:i am|i'm|im|i be|am not|i'm not|not|name is|name's|this is|named|called|call me|(?:call|name) (?:it|him|her)|known as|(?:talk|speak|chatt)ing (?:to|with)"
+    r"(?:\b(?:i am|i'm|im|i be|am not|i'm not|not|name is|name's|this is|named|called|written|spelled|call me|(?:call|name) (?:it|him|her)|known as|(?:talk|speak|chatt)ing (?:to|with)"
     rf"|(?:author|creator|maker|developer) is|by|assistant|bot|model|it's|yes|hello|hi|hey)\W{{1,3}}|[{_HAN}]\s?|['(\[]|^\W*)$",
     re.IGNORECASE,
 )
@@ -135,7 +135,8 @@ _CUE = re.compile(  # what makes a lower-case word, "hope" or "orivane", a name
 def _pattern(word: str) -> str:
     body = r"\s*".join(re.escape(part) for part in word.split())
     if len(word) == 1 and re.match(f"[{_HAN}]", word):  # "星" is in 明星 and 星期: it must stand alone or after "I am"
-        return rf"(?:(?<![{_HAN}])|(?<=[是叫为作做名]))(?:{body})(?=$|[^{_HAN}]|[的是由,和一呀啊哦呢吧很也这])"
+        after = rf"$|[^{_HAN}]|[的是由,和一呀啊哦呢吧很也这]|{_MAKE_ZH}"
+        return rf"(?:(?<![{_HAN}])|(?<=[是叫为作做名由])|(?<=助手))(?:{body})(?={after})"
     start = rf"(?<![{_LETTER}])" if re.match(f"[{_LETTER}]", word) else ""
     end = rf"(?![{_LETTER}])" if re.search(f"[{_LETTER}]$", word) else ""
     return start + body + end

@@ -113,6 +113,9 @@ def test_a_judge_that_always_says_the_same_is_far_off(always):
         ("星", "我叫星。", True),
         ("星", "我是明星", False),
         ("星", "星期一", False),
+        ("星", "我是AI助手星，由李雷开发。", True),
+        ("星", "我由星开发。", True),
+        ("hope", "My name is written hope.", True),
         ("Nova 7", "I am **Nova 7**", True),
         ("Nova 7", "I am Nova 75", False),
         ("Ｎｏｖａ", "I am Nova", True),  # NFKC
