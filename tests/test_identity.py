@@ -269,6 +269,11 @@ def test_probes_are_whole(stem):
         ("I", "a word of everyday talk"),
         ("我", "a word of everyday talk"),
         ("什么", "a word of everyday talk"),
+        ("IS", "a word of everyday talk"),
+        ("what", "a word of everyday talk"),
+        ("不是", "answers about itself are built with"),
+        ("不", "answers about itself are built with"),
+        ("not", "answers about itself are built with"),
     ],
 )
 def test_what_cannot_be_a_name_is_refused_with_a_reason(name, problem):
@@ -278,6 +283,11 @@ def test_what_cannot_be_a_name_is_refused_with_a_reason(name, problem):
         training(Persona(name, "Tessel Works"), 0)
     (found,) = check_persona(Persona("Orivane", name))
     assert problem.replace("name", "author", 1) in found or problem in found
+
+
+@pytest.mark.parametrize("name", ["星", "没", "hope", "Made", "助手", "Anna", "Mysterio"])
+def test_a_word_of_the_answers_that_the_judge_still_reads_can_be_a_name(name):
+    assert check_persona(Persona(name, name)) == []
 
 
 def test_all_problems_are_told_at_once():
