@@ -50,6 +50,20 @@ def data(run: Run) -> None:
     new = run.folder / "data.tmp"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
+    try:
+        gather(run, new)
+    except UserError:  # the next try, with other rows or settings, begins afresh
+        shutil.rmtree(new)
+        (run.folder / "settings.toml").unlink()
+        with contextlib.suppress(OSError):  # there may be more in it, as what `check` left
+            run.folder.rmdir()
+        raise
+    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.glob("*.jsonl"))})
+    new.rename(run.folder / "data")
+
+
+def gather(run: Run, new: Path) -> None:
+    """Write what data/ is to hold."""
     if run.settings.task in sight.TASKS:
         sight.prepare(run, new)
     if run.named:
@@ -67,8 +81,6 @@ def data(run: Run) -> None:
         own = {probe["id"] for probe in read_lines(new / "probes.jsonl")}
         earlier = [probe for probe in run.before.rows("probes.jsonl") if probe["kind"] in tasks.KINDS]
         write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
-    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.glob("*.jsonl"))})
-    new.rename(run.folder / "data")
 
 
 def identity_rows(run: Run) -> list[dict]:
