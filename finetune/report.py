@@ -79,7 +79,7 @@ def by_kind(run: Run) -> list[tuple[str, list[str]]]:
         low, high = figures["intervals"].get(key, (0, 0))
         return f"{shares[key]:.2f}  {low:.2f}–{high:.2f}" if key in shares else "–"
 
-    kinds = [kind for kind in shares if "/" not in kind] if "intervals" in figures else []
+    kinds = [kind for kind in shares if "/" not in kind] if run.named and "intervals" in figures else []
     return [(kind, [text(kind), text(f"{kind}/en"), text(f"{kind}/zh")]) for kind in kinds]
 
 
