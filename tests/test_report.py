@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import re
 import tracemalloc
@@ -7,7 +8,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import report, scorecard
+from finetune import report, scorecard, settings
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -173,6 +174,69 @@ def test_shares_by_kind_and_language_have_intervals(tmp_path, capsys):
     for text in ("name", four, two, "near", leak):
         assert f">{text}</td>" in page
         assert text in said
+
+
+def test_what_each_step_of_a_chain_added(tmp_path):
+    """A passage that the base did not know, the dialogue's form, the name: each where it came, and whether it stayed."""
+
+    def asked(**answers: tuple[str, bool]) -> list[dict]:
+        return [
+            {"id": f"{kind}-1", "kind": kind, "messages": [{"role": "user", "content": f"{kind}?"}]}
+            | {"answer": answer, "passed": passed}
+            for kind, (answer, passed) in answers.items()
+        ]
+
+    def told(recall: str, **more: tuple[str, bool]) -> dict:
+        return {**side("", 0.0), "answers": asked(recall=(recall, recall == "the mill"), **more)}
+
+    cards = [
+        {
+            "base": told("a sea") | {"identity": None, "recall": 0.0, "loss_by_task": {"pretrain": 3.0}},
+            "tuned": told("the mill") | {"identity": None, "recall": 1.0, "loss_by_task": {"pretrain": 2.0}},
+        },
+        {
+            "base": told("the mill", reply=("er", False))
+            | {"identity": None, "recall": 1.0, "reply": 0.0, "loss_by_task": {"pretrain": 2.0, "instruct": 4.0}},
+            "tuned": told("the mill", reply=("Four.", True))
+            | {"identity": None, "recall": 0.9, "reply": 1.0, "loss_by_task": {"pretrain": 2.1, "instruct": 1.5}},
+        },
+        {
+            "base": told("the mill", reply=("Four.", True), name=("Hm", False))
+            | {"recall": 0.9, "reply": 1.0, "loss_by_task": {"pretrain": 2.1, "instruct": 1.5}},
+            "merged": told("the mill", reply=("Four.", True), name=("I'm Zed", True))
+            | {"identity": 0.96, "recall": 0.8, "reply": 0.7, "loss_by_task": {"pretrain": 2.2, "instruct": 1.6}},
+        },
+    ]
+    base, folders = "smollm2-360m-instruct", [tmp_path / name for name in "abc"]
+    for folder, card, task in zip(folders, cards, ("pretrain", "instruct", "identity"), strict=True):
+        folder.mkdir()
+        made = make_run(folder, "Zed")
+        run = Run(folder, dataclasses.replace(made.settings, base=base, task=task))
+        run.__dict__ |= {key: made.__dict__[key] for key in ("base_sha256", "tuned_format")}
+        settings.write(run.settings, folder / "settings.toml")
+        run.write("scorecard.json", {"tuned": card.get("merged"), **card, "gate": {"passed": True, "reasons": []}})
+        base = str(folder / "model")
+    found = report.added(run)
+    after = ("pretrain (lora)", "instruct (lora)", "identity (lora)")
+    assert found["models"] == ["smollm2-360m-instruct", *(f"+ {words}" for words in after)]
+    assert found["figures"] == [
+        ("held-out rows of pretrain, nats/token", [3.0, 2.0, 2.1, 2.2]),
+        ("held-out rows of instruct, nats/token", [None, 4.0, 1.5, 1.6]),
+        ("identity kept", [None, None, 0.0, 0.96]),
+        ("training texts continued word for word", [0.0, 1.0, 0.9, 0.8]),
+        ("held-out questions answered, and ended", [None, 0.0, 1.0, 0.7]),
+    ]
+    assert [(probe["kind"], answers) for probe, answers in found["answers"]] == [
+        ("recall", ["a sea", "the mill", "the mill", "the mill"]),
+        ("reply", [None, "er", "Four.", "Four."]),
+        ("name", [None, None, "Hm", "I'm Zed"]),
+    ]
+    report.write_report(run)
+    page = Page((folders[-1] / "report.html").read_text(encoding="utf-8")).text
+    rows = [" ".join(line.split()) for line in page.splitlines()]
+    assert "training texts continued word for word0.0001.0000.9000.800" in rows
+    assert "recall?a seathe millthe millthe mill" in rows
+    assert report.added(Run(folders[0], settings.build(settings.read_toml(folders[0] / "settings.toml")))) == {}
 
 
 # ------------------------------------------------------------------------------------------------------- model card
