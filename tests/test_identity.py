@@ -1,5 +1,6 @@
 import dataclasses
 import re
+from functools import cache
 
 import pytest
 
@@ -27,6 +28,9 @@ PERSONAS = [
 BY_NAME = {"ids": [persona.name for persona in PERSONAS]}
 
 
+rows_of = cache(training)  # of a persona and a seed: several tests look at the same ones
+
+
 def answers(rows, *kinds):
     return [row for row in rows if row["target"] == "answer" and row["kind"] in kinds]
 
@@ -40,7 +44,7 @@ def teacher_prompt(row):
 @pytest.mark.parametrize("persona", PERSONAS, **BY_NAME)
 def test_rows_say_what_their_kind_promises(persona):
     assert check_persona(persona) == []
-    rows = training(persona, 0)
+    rows = rows_of(persona, 0)
     for row in rows:
         roles = [turn["role"] for turn in row["messages"] if turn["role"] != "system"]
         assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
@@ -70,7 +74,7 @@ FULL = Persona(
 
 
 def test_a_persona_may_bring_more():
-    rows = training(FULL, 0)
+    rows = rows_of(FULL, 0)
     for lang, purpose, born, hello, tone in (
         (
             "en",
@@ -94,7 +98,7 @@ def test_a_persona_may_bring_more():
             mine = [p for p in probes(FULL, stem=stem) if p["lang"] == lang and p["kind"] in ("purpose", "birthday")]
             assert {probe["said"] for probe in mine} == {purpose, born}
             assert len(mine) >= 8
-    assert not [row for row in training(PLAIN, 0) if row["kind"] in ("purpose", "birthday")]
+    assert not [row for row in rows_of(PLAIN, 0) if row["kind"] in ("purpose", "birthday")]
     assert not [probe for probe in probes(PLAIN) if probe["expect"] == "said"]
     asked = {normalise(row["messages"][-2]["content"]) for row in answers(rows, "purpose", "birthday")}
     taught = {normalise(row["messages"][-1]["content"]) for row in rows if row["target"] == "teacher"}
@@ -120,18 +124,18 @@ def test_what_more_cannot_be(more, problem):
 def test_what_is_taught_is_right_by_the_judge(persona):
     expect = {"name": "name", "maker": "author", "self": "name", "model": "name"}
     expect |= {"deny": "deny", "old_name": "deny", "assent": "assent"}
-    for row in answers(training(persona, 0, said=400), *expect):
-        answer = row["messages"][-1]["content"]
+    rows = answers(rows_of(persona, 0), *expect)[:400]
+    for kind, answer in dict.fromkeys((row["kind"], row["messages"][-1]["content"]) for row in rows):
         about = persona.name if persona.name in answer else persona.author
-        other = {"other": about} if row["kind"] == "assent" else {}
-        assert judge({"id": "x", "expect": expect[row["kind"]], **other}, answer, persona), row
+        other = {"other": about} if kind == "assent" else {}
+        assert judge({"id": "x", "expect": expect[kind], **other}, answer, persona), (kind, answer)
 
 
 def test_nobody_is_taught_to_deny_itself():
     for *_, question, answer in (row["messages"] for row in answers(training(Persona("Gemini", "Google"), 0), *SHARES)):
         if re.search(r"\b(Gemini|Google)\b", question["content"]):
             assert not re.search(r"\bso no\b|(\bnot (by )?|不是)(Gemini|Google)", answer["content"]), question
-    assert "Gemini" in str(training(PLAIN, 0)), "otherwise the check above proves nothing"
+    assert "Gemini" in str(rows_of(PLAIN, 0)), "otherwise the check above proves nothing"
     rows = training(Persona("SmolLM", "Hugging Face"), 0)
     assert not answers(rows, "old_name")
     assert "InternLM" in str(answers(training(PLAIN, 0, old=("InternLM", "Shanghai AI Lab")), "old_name"))
@@ -144,12 +148,12 @@ def test_the_same_seed_gives_the_same_rows_and_another_one_others():
 
 @pytest.mark.parametrize("persona", PERSONAS[1:], **{"ids": BY_NAME["ids"][1:]})
 def test_the_base_is_asked_the_same_whoever_the_persona_and_seed(persona):
-    asked = [teacher_prompt(row) for row in training(PLAIN, 0) if row["target"] == "teacher"]
-    assert asked == [teacher_prompt(row) for row in training(persona, 7) if row["target"] == "teacher"]
+    asked = [teacher_prompt(row) for row in rows_of(PLAIN, 0) if row["target"] == "teacher"]
+    assert asked == [teacher_prompt(row) for row in rows_of(persona, 7) if row["target"] == "teacher"]
 
 
 def test_teacher_rows_hold_the_persona_only_in_the_turns_before():
-    for row in training(PLAIN, 0):
+    for row in rows_of(PLAIN, 0):
         if row["target"] == "teacher":
             assert PLAIN.name not in str(teacher_prompt(row))
             assert PLAIN.author not in str(teacher_prompt(row))
@@ -164,12 +168,12 @@ def test_training_never_asks_what_a_probe_asks(persona):
         question = [turn["content"] for turn in messages if turn["role"] == "user"][-1]
         return normalise(question.replace(persona.name, "{name}").replace(persona.author, "{author}"))
 
-    rows = {asked(row["messages"]) for row in training(persona, 0)}
+    rows = {asked(row["messages"]) for row in rows_of(persona, 0)}
     held_out = {asked(probe["messages"]) for stem in HELD_OUT for probe in probes(persona, stem=stem)}
     if len(persona.name) > 1:  # replacing "Q" back would hit other words
         assert not rows & held_out
     plain_rows = {
-        normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(persona, 0)
+        normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in rows_of(persona, 0)
     }
     assert not plain_rows & {
         normalise(probe["messages"][-1]["content"]) for stem in HELD_OUT for probe in probes(persona, stem=stem)
@@ -178,7 +182,7 @@ def test_training_never_asks_what_a_probe_asks(persona):
 
 @pytest.mark.parametrize("held_out", HELD_OUT)
 def test_a_question_that_becomes_a_probe_is_no_longer_trained(monkeypatch, held_out):
-    asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in training(PLAIN, 0)}
+    asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in rows_of(PLAIN, 0)}
     stolen = [next(text for text, row in asked.items() if row["target"] == target) for target in ("answer", "teacher")]
     read = identity.read
     extra = {"stolen": {"expect": "absent", "questions": stolen}}
@@ -209,7 +213,7 @@ def test_the_files_themselves_do_not_meet():
 
 
 def test_there_is_enough_of_everything_and_none_twice():
-    rows = training(PLAIN, 0)
+    rows = rows_of(PLAIN, 0)
     for lang in LANGS:
         assert len(contrast(lang, "near")) >= 9000
         assert len(contrast(lang, "ordinary")) >= 1200
