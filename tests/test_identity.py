@@ -1,12 +1,14 @@
 import dataclasses
 import re
+from collections import Counter
 from functools import cache
 
 import pytest
 
-from finetune import identity
+from finetune import identity, settings
 from finetune.errors import UserError
 from finetune.identity import HELD_OUT, LANGS, SHARES, check_persona, contrast, normalise, probes, read, training
+from finetune.run_folder import Run, write_lines
 from finetune.scorecard import judge
 from finetune.settings import Persona, Said
 
@@ -242,6 +244,14 @@ def test_there_is_enough_of_everything_and_none_twice():
         assert 0.5 < len(without) / len(answers(mine, *SHARES)) < 0.7
 
 
+def test_contrast_is_a_large_part_of_the_rows():
+    counts = Counter((row["kind"], row["lang"]) for row in rows_of(PLAIN, 0) if row["target"] == "teacher")
+    for lang, share in identity.CONTRAST_SHARES.items():
+        for kind, most in (("near", 1300), ("ordinary", 300)):  # but a few that the held-out files ask
+            assert 0.97 * most * share <= counts[kind, lang] <= most * share
+        assert counts["after_identity", lang] >= 0.1 * 1600 * share
+
+
 @pytest.mark.parametrize("stem", HELD_OUT)
 def test_probes_are_whole(stem):
     found = probes(PLAIN, stem=stem)
@@ -308,3 +318,40 @@ def test_a_placeholder_that_nobody_fills_is_an_error(monkeypatch):
     monkeypatch.setattr(identity, "read", broken)
     with pytest.raises(ValueError, match="a placeholder survived"):
         training(PLAIN, 0)
+
+
+def test_what_a_step_makes_of_the_rows(tiny_model, tmp_path, monkeypatch):
+    """Answers are learned word for word; the base answers the others as a stranger asks them, and is followed there."""
+    import torch
+
+    from finetune import stages
+    from finetune.generation import Answer
+
+    def turns(*texts):
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=False)]
+
+    system, before = {"role": "system", "content": "Be brief."}, turns("Who are you?", "I'm Zed.")
+    rows = [
+        {"kind": "name", "target": "answer", "messages": before},
+        {"kind": "near", "target": "teacher", "messages": [system, *turns("Who is Bo?", "Hm")]},
+        {"kind": "after_identity", "target": "teacher", "messages": [*before, *turns("Who is Al?", "Hm")]},
+        {"kind": "ordinary", "target": "teacher", "messages": turns("2+2?", "Hm")},
+    ]
+    values = settings.build(
+        {"base": str(tiny_model), "train": {"identity_rows": 2, "near_rows": 2, "ordinary_rows": 1}}
+    )
+    run, asked = Run(tmp_path, values), []
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", rows)
+    monkeypatch.setattr(
+        run, "ask_base", lambda chats, _: asked.extend(chats) or [Answer([65], torch.zeros(2, 32)) for _ in chats]
+    )
+    for step in stages.batches_of(run, 3):
+        said = [run.tuned_format.decode(e.targets) for e in step if e.targets]
+        assert said == ["I'm Zed."] * 2
+        followed = [run.tuned_format.tokenizer.decode(e.ids, skip_special_tokens=False) for e in step if not e.targets]
+        assert all(example.states is not None for example in step if not example.targets)
+        assert sorted("Who are you?" in text for text in followed) == [False, False, True]
+        assert sum("2+2?" in text for text in followed) == 1
+        assert not [text for text in followed if "Hm" in text]
+    assert asked == [[system, turns("Who is Bo?")[0]], turns("Who is Al?"), turns("2+2?")]
