@@ -99,14 +99,13 @@ def measure(name: str, persona: Persona, folder: Path, small: bool) -> dict[str,
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--small"]
     models.inference_dtype = lambda: torch.float32
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        found = [
-            measure(name, Persona(*words), Path(folder), "--small" in sys.argv)
-            for name in ("course", "identity", "general", "ours")
-        ]
-    names.header("recipe", list(found[0])[1:])
-    for line in found:
-        names.row(*line.values())
+        for name in ("course", "identity", "general", "ours"):
+            found.append(measure(name, Persona(*words), Path(folder), "--small" in sys.argv))
+            if len(found) == 1:
+                names.header("recipe", list(found[0])[1:])
+            names.row(*found[-1].values())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"bench": "recipes", "device": device, "recipes": found}))
 
