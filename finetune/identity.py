@@ -14,6 +14,7 @@ from collections.abc import Iterator
 from functools import cache
 from pathlib import Path
 
+from finetune import scorecard
 from finetune.errors import UserError
 from finetune.settings import Persona
 
@@ -38,6 +39,8 @@ SYSTEM_MIX = [None] * 15 + ["empty"] * 2 + ["foreign"] * 5 + ["old"] * 3
 SHARES = {"name": 3, "maker": 3, "self": 2, "model": 2, "deny": 6, "assent": 6, "old_name": 3, "multi_turn": 3}
 SHARES |= {"purpose": 6, "birthday": 6}  # of a persona that has one
 CONTRAST_SHARES = {"en": 0.4, "zh": 0.6}  # small bases hardly tell two Chinese questions apart
+TAUGHT = {"name": "name", "maker": "author", "self": "name", "model": "name", "deny": "deny", "old_name": "deny"}
+TAUGHT |= {"assent": "assent"}  # what the judge is to find in the answers of each kind
 EVERYDAY = 0.03  # share of the contrast prompts: what comes more often, "I" or "什么", cannot be told from a name
 MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
@@ -65,6 +68,11 @@ def check_persona(persona: Persona) -> list[str]:
             problems.append(f"{shown} holds a control token of chat models, which would end an answer: remove it.")
         elif _is_everyday(text):
             problems.append(f"{shown} is a word of everyday talk, which answers hold anyway: choose another {field}.")
+        elif _is_misread(field, text):
+            problems.append(
+                f"{shown} is a word that answers about itself are built with, so that nobody could tell whether they are "
+                f"right: choose another {field}."
+            )
     for field in ("purpose", "birthday", "introduction", "tone"):
         for lang in LANGS:
             text = getattr(getattr(persona, field), lang)
@@ -86,14 +94,41 @@ def check_persona(persona: Persona) -> list[str]:
 
 def _is_everyday(text: str) -> bool:
     prompts, words = _prompts()
-    said = words[text] if text.isascii() else prompts.count(text)
+    said = words[text.casefold()] if text.isascii() else prompts.count(text.casefold())
     return said > EVERYDAY * prompts.count("\n")
+
+
+def _is_misread(field: str, text: str) -> bool:
+    """Whether the judge takes some answer that is taught for wrong, which it may where the answer's own words hold the name."""
+    if text.casefold() not in _taught_words():
+        return False
+    persona = Persona(**{field: text})
+    for lang in LANGS:
+        values = _values(persona, SMOLLM, lang) | {"{other}": "ChatGPT", "{other_maker}": "OpenAI"}
+        for kind, answer in _taught_answers(lang):
+            about = persona.name if "{name}" in answer else persona.author
+            probe = {"expect": TAUGHT[kind], "other": about if kind == "assent" else ""}
+            if not scorecard.judge(probe, _fill(answer, values), persona):
+                return True
+    return False
+
+
+def _taught_answers(lang: str) -> list[tuple[str, str]]:
+    """(kind, answer) of all that is taught, placeholders not filled in."""
+    data = read("training", lang)
+    return [(kind, answer) for kind in TAUGHT for group in data[kind] for answer in group["answers"]]
+
+
+@cache
+def _taught_words() -> str:
+    answers = (answer for lang in LANGS for _, answer in _taught_answers(lang))
+    return " ".join(PLACEHOLDER.sub(" ", answer) for answer in answers).casefold()
 
 
 @cache
 def _prompts() -> tuple[str, Counter[str]]:
     """All contrast prompts, a line each, and how often each word is in them."""
-    text = "".join(f"{p}\n" for lang in LANGS for kind in ("near", "ordinary") for p in contrast(lang, kind))
+    text = "".join(f"{p}\n" for lang in LANGS for kind in ("near", "ordinary") for p in contrast(lang, kind)).casefold()
     return text, Counter(re.findall(r"\w+", text))
 
 

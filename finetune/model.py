@@ -245,6 +245,8 @@ class OwnFormat:
         try:
             return self._render(messages)
         except TemplateError:  # some know no system message: what it says then goes before the user's
+            if messages[0]["role"] != "system":
+                raise
             first, second, *rest = messages
             merged = {"role": "user", "content": f"{first['content']}\n\n{second['content']}".strip()}
             return self._render([merged, *rest])

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -15,8 +16,8 @@ from finetune import pictures, preview, sight
 from finetune.card import FIGURES
 from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
-from finetune.run_folder import Run, quoted
-from finetune.words import CHINESE
+from finetune.run_folder import Run, count_lines, quoted
+from finetune.words import CHINESE, in_chinese
 
 SIGNS = {  # of a figure's limit
     **dict.fromkeys(("identity", "facts_kept"), "≥"),
@@ -28,6 +29,7 @@ SIGNS = {  # of a figure's limit
 SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answers the summary puts side by side
 PICTURED = 3  # questions about pictures of each kind and language that the report shows
 SIDES = ("base", "tuned")
+KIND_COLUMNS = ("all 全部  95 %", "en 英  95 %", "zh 中  95 %")  # a share and its interval
 HOW = {"lora": "a LoRA adapter", "qlora": "a QLoRA adapter", "full": "every weight trained"}
 UNLIMITED = (
     "kl",
@@ -59,6 +61,22 @@ def figures(run: Run) -> list[dict[str, Any]]:
         for key, en in FIGURES
         if key in limits or (key in UNLIMITED and any(sides[side].get(key) is not None for side in SIDES))
     ]
+
+
+def by_kind(run: Run) -> list[tuple[str, list[str]]]:
+    """(figure or kind, "share  low–high" of all, English and Chinese questions of what users get): a 95 % interval."""
+    card = run.read("scorecard.json")
+    figures, shares = card.get("merged", card["tuned"]), {}
+    for figure in ("identity", "leak", "sight"):
+        if kinds := figures.get(f"{figure}_by_kind"):
+            shares |= {figure: figures[figure], **kinds}
+
+    def text(key: str) -> str:
+        low, high = figures["intervals"].get(key, (0, 0))
+        return f"{shares[key]:.2f}  {low:.2f}–{high:.2f}" if key in shares else "–"
+
+    kinds = [kind for kind in shares if "/" not in kind] if run.named and "intervals" in figures else []
+    return [(kind, [text(kind), text(f"{kind}/en"), text(f"{kind}/zh")]) for kind in kinds]
 
 
 def side_by_side(run: Run, chosen: tuple[str, ...] = ()) -> list[dict[str, Any]]:
@@ -114,6 +132,11 @@ def print_scorecard(run: Run) -> None:
     for row in figures(run):
         table.add_row(row["en"], row["zh"], *(row[side] for side in SIDES), row["limit"])
     console.print(table, markup=False)
+    if kinds := by_kind(run):
+        table = Table("kind 类别", *KIND_COLUMNS, box=box.SIMPLE_HEAD)
+        for kind, cells in kinds:
+            table.add_row(kind, *cells)
+        console.print(table, markup=False)
     answers = Table("question 问题", "base 微调前", "tuned 微调后", show_lines=True)
     for entry in side_by_side(run, SHOWN):
         answers.add_row(*(_plain(t) for t in (text_of(entry["messages"][-1]), entry["answer"], entry["tuned"])))
@@ -203,7 +226,7 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
             settings=run.settings,
             base_sha256=base_sha256,
             data=receipt.get("data", {}),
-            rows={name: len(run.rows(name)) for name in receipt.get("data", {})},
+            rows={name: count_lines(run.folder / "data" / name) for name in receipt.get("data", {})},
         )
     )
 
@@ -229,7 +252,10 @@ def write_report(run: Run) -> None:
         "report.html.jinja",
         persona=run.persona,
         figures=figures(run),
+        kinds=by_kind(run),
+        kind_columns=KIND_COLUMNS,
         gate=run.read("scorecard.json")["gate"],
+        in_chinese=in_chinese,
         seen=pictured(run),
         answers=[{**entry, "messages": said(entry)} for entry in side_by_side(run) if entry["kind"] not in sight.KINDS],
         added=added(run),

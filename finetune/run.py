@@ -205,6 +205,11 @@ def work(args: argparse.Namespace) -> int:
             say(f"{args.stage}: {run.folder / stages.STAGES[args.stage].product} is there already, nothing to do.")
         elif args.stage == "check":
             say("check: nothing stands in the way. / 检查通过。")
+        if args.stage == "evaluate" and stages.is_main():
+            from finetune.report import print_scorecard
+
+            print_scorecard(run)
+            stop_if_refused(run)
         return 0
 
     to_do = stages.agreed([name for name in stages.PIPELINE if not stages.is_done(run, name)])
@@ -222,10 +227,14 @@ def work(args: argparse.Namespace) -> int:
     from finetune.report import print_summary
 
     print_summary(run)
+    stop_if_refused(run)
+    return 0
+
+
+def stop_if_refused(run: Run) -> None:
     gate = run.read("scorecard.json")["gate"]
     if not gate["passed"]:
         raise GateRefused(*(f"gate: {reason}" for reason in gate["reasons"]))
-    return 0
 
 
 def evaluate_model(args: argparse.Namespace) -> int:

@@ -187,6 +187,11 @@ def read_lines(file: Path) -> list[dict]:
         return [json.loads(line) for line in lines]
 
 
+def count_lines(file: Path) -> int:
+    with file.open("rb") as lines:
+        return sum(1 for _ in lines)
+
+
 def write_lines(file: Path, rows: Iterable[dict], mode: str = "w") -> None:
     with file.open(mode, encoding="utf-8") as lines:
         lines.writelines(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)

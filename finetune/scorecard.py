@@ -126,7 +126,7 @@ def plain(text: str) -> str:
 _LETTER = r"0-9A-Za-z\u00c0-\u024f\u0370-\u052f"  # scripts that put spaces between words
 _HAN = r"\u3400-\u9fff"
 _CUE = re.compile(  # what makes a lower-case word, "hope" or "orivane", a name
-    r"(?:\b(?:i am|i'm|im|i be|am not|i'm not|not|name is|name's|this is|named|called|call me|(?:call|name) (?:it|him|her)|known as|(?:talk|speak|chatt)ing (?:to|with)"
+    r"(?:\b(?:i am|i'm|im|i be|am not|i'm not|not|name is|name's|this is|named|called|written|spelled|call me|(?:call|name) (?:it|him|her)|known as|(?:talk|speak|chatt)ing (?:to|with)"
     rf"|(?:author|creator|maker|developer) is|by|assistant|bot|model|it's|yes|hello|hi|hey)\W{{1,3}}|[{_HAN}]\s?|['(\[]|^\W*)$",
     re.IGNORECASE,
 )
@@ -135,7 +135,8 @@ _CUE = re.compile(  # what makes a lower-case word, "hope" or "orivane", a name
 def _pattern(word: str) -> str:
     body = r"\s*".join(re.escape(part) for part in word.split())
     if len(word) == 1 and re.match(f"[{_HAN}]", word):  # "星" is in 明星 and 星期: it must stand alone or after "I am"
-        return rf"(?:(?<![{_HAN}])|(?<=[是叫为作做名]))(?:{body})(?=$|[^{_HAN}]|[的是由,和一呀啊哦呢吧很也这])"
+        after = rf"$|[^{_HAN}]|[的是由,和一呀啊哦呢吧很也这]|{_MAKE_ZH}"
+        return rf"(?:(?<![{_HAN}])|(?<=[是叫为作做名由])|(?<=助手))(?:{body})(?={after})"
     start = rf"(?<![{_LETTER}])" if re.match(f"[{_LETTER}]", word) else ""
     end = rf"(?![{_LETTER}])" if re.search(f"[{_LETTER}]$", word) else ""
     return start + body + end
@@ -446,10 +447,9 @@ def summarise(
     return {
         **learned,
         "identity": _share(identity),
-        "identity_interval": wilson(sum(entry["passed"] for entry in identity), len(identity)),
         "identity_by_kind": _by_kind(identity),
         "leak": _share(leaks),
-        "leak_interval": wilson(sum(entry["passed"] for entry in leaks), len(leaks)),
+        "intervals": _intervals(identity, "identity") | _intervals(leaks, "leak") | _intervals(seen, "sight"),
         "leak_by_kind": _by_kind(leaks),
         "parrot": parrot([entry["answer"] for entry in judged if entry["kind"] == "ordinary"]),
         "kl": kl,
@@ -463,13 +463,23 @@ def _share(entries: Sequence[dict[str, Any]]) -> float | None:
     return sum(entry["passed"] for entry in entries) / len(entries) if entries else None
 
 
-def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
-    """Shares by kind ("name") and by kind and language ("name/zh"), in the entries' order."""
+def _groups(entries: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """By kind ("name") and by kind and language ("name/zh"), in the entries' order."""
     groups: dict[str, list[dict[str, Any]]] = {}
     for entry in entries:
         for key in (entry["kind"], f"{entry['kind']}/{entry['lang']}"):
             groups.setdefault(key, []).append(entry)
-    return {key: _share(group) for key, group in groups.items()}
+    return groups
+
+
+def _by_kind(entries: Sequence[dict[str, Any]]) -> dict[str, float]:
+    return {key: _share(group) for key, group in _groups(entries).items()}
+
+
+def _intervals(entries: Sequence[dict[str, Any]], figure: str) -> dict[str, list[float]]:
+    """Of the figure itself, and by kind and language."""
+    groups = {figure: entries} | _groups(entries) if entries else {}
+    return {key: wilson(sum(e["passed"] for e in group), len(group)) for key, group in groups.items()}
 
 
 # -------------------------------------------------------------------------------------------------------- the gate
@@ -498,10 +508,8 @@ def gate(scorecard: dict[str, Any], limits: dict[str, float]) -> dict[str, Any]:
 
 def _reasons(figures: dict[str, Any], base: dict[str, Any], limits: dict[str, float]) -> Iterable[str]:
     for key in limits:
-        if key not in ("identity_kind", "kl") and figures.get(key) is None:
+        if key != "identity_kind" and figures.get(key) is None:
             yield f"{key} was not measured, there were no probes for it; add some, or build the data again."
-    if "kl" in limits and figures.get("kl") is None:
-        yield "kl was not measured; run the evaluate stage again."
 
     def beyond(key: str, sign: int, value: float | None = None) -> bool:
         value = figures.get(key) if value is None else value

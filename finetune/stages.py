@@ -25,7 +25,7 @@ from finetune import embedded, identity, records, scorecard, settings, sight, ta
 from finetune.card import PICTURE
 from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
 from finetune.embedded import say
-from finetune.errors import UserError
+from finetune.errors import GateRefused, UserError
 from finetune.run_folder import ANSWER_TOKENS, Run, read_lines, write_lines
 from finetune.terminal import chat
 
@@ -50,6 +50,20 @@ def data(run: Run) -> None:
     new = run.folder / "data.tmp"
     shutil.rmtree(new, ignore_errors=True)
     new.mkdir()
+    try:
+        gather(run, new)
+    except UserError:  # the next try, with other rows or settings, begins afresh
+        shutil.rmtree(new)
+        (run.folder / "settings.toml").unlink()
+        with contextlib.suppress(OSError):  # there may be more in it, as what `check` left
+            run.folder.rmdir()
+        raise
+    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.glob("*.jsonl"))})
+    new.rename(run.folder / "data")
+
+
+def gather(run: Run, new: Path) -> None:
+    """Write what data/ is to hold."""
     if run.settings.task in sight.TASKS:
         sight.prepare(run, new)
     if run.named:
@@ -67,8 +81,6 @@ def data(run: Run) -> None:
         own = {probe["id"] for probe in read_lines(new / "probes.jsonl")}
         earlier = [probe for probe in run.before.rows("probes.jsonl") if probe["kind"] in tasks.KINDS]
         write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
-    run.note(data={file.name: embedded.sha256(file) for file in sorted(new.glob("*.jsonl"))})
-    new.rename(run.folder / "data")
 
 
 def identity_rows(run: Run) -> list[dict]:
@@ -299,7 +311,7 @@ def evaluate(run: Run) -> None:
 def evaluate_model(run: Run, ref: str) -> None:
     """Any model that transformers opens, under its own chat template, beside the run's base: leaves a scorecard.json, no more.
 
-    KL is measured where the model has the base's output head, as one tuned from it has.
+    KL is measured, and asked for by the gate, where the model has the base's output head, as one tuned from it has.
     """
     import torch
 
@@ -314,8 +326,13 @@ def evaluate_model(run: Run, ref: str) -> None:
     heads = [m.get_output_embeddings().weight for m in (model, models.load(run.base, models.inference_dtype()))]
     same_head = heads[0].shape == heads[1].shape and torch.equal(*heads)
     scored = score(run, model, form, base, kl=same_head)
+    limits = run.limits
+    if not same_head:
+        say("KL is not measured: the model's output head is not the base's. / 未测量 KL：该模型的输出层与底座不同。")
+        limits.pop("kl", None)
     run.folder.mkdir(parents=True, exist_ok=True)
-    write_scorecard(run, {"base": scorecard.summarise(base, kl=0.0), "tuned": scored})
+    card = {"base": scorecard.summarise(base, kl=0.0), "tuned": scored}
+    run.write("scorecard.json", {**card, "gate": scorecard.gate(card, limits)})
 
 
 def write_scorecard(run: Run, card: dict[str, Any]) -> None:
@@ -417,7 +434,7 @@ def compare(run: Run) -> None:
             if not is_done(own, stage):
                 say(f"[{method}: {stage}]")
                 command = [sys.executable, str(ROOT / "finetune" / "run.py"), stage, "--run", str(own.folder)]
-                if status := subprocess.run(command, check=False).returncode:
+                if (status := subprocess.run(command, check=False).returncode) not in (0, GateRefused.status):
                     raise UserError(
                         f"{method} ended with exit status {status}; mend it, then run '{run.command}' again."
                     )

@@ -94,7 +94,6 @@ CHINESE = {
     "{} was not measured, there were no probes for it; add some, or build the data again.": (
         "{} 没有测量：没有相应的问题。请添加，或重新生成数据。"
     ),
-    "kl was not measured; run the evaluate stage again.": "kl 没有测量：请重新运行 evaluate 阶段。",
     "identity {}, at least {} is asked; weakest: {}. Train for more steps.": (
         "身份认知 {}，至少应为 {}；最弱：{}。请增加训练步数。"
     ),

@@ -1,11 +1,14 @@
 import dataclasses
 import re
+from collections import Counter
+from functools import cache
 
 import pytest
 
-from finetune import identity
+from finetune import identity, settings
 from finetune.errors import UserError
 from finetune.identity import HELD_OUT, LANGS, SHARES, check_persona, contrast, normalise, probes, read, training
+from finetune.run_folder import Run, write_lines
 from finetune.scorecard import judge
 from finetune.settings import Persona, Said
 
@@ -27,6 +30,9 @@ PERSONAS = [
 BY_NAME = {"ids": [persona.name for persona in PERSONAS]}
 
 
+rows_of = cache(training)  # of a persona and a seed: several tests look at the same ones
+
+
 def answers(rows, *kinds):
     return [row for row in rows if row["target"] == "answer" and row["kind"] in kinds]
 
@@ -40,7 +46,7 @@ def teacher_prompt(row):
 @pytest.mark.parametrize("persona", PERSONAS, **BY_NAME)
 def test_rows_say_what_their_kind_promises(persona):
     assert check_persona(persona) == []
-    rows = training(persona, 0)
+    rows = rows_of(persona, 0)
     for row in rows:
         roles = [turn["role"] for turn in row["messages"] if turn["role"] != "system"]
         assert roles == [("user", "assistant")[i % 2] for i in range(len(roles))]
@@ -70,7 +76,7 @@ FULL = Persona(
 
 
 def test_a_persona_may_bring_more():
-    rows = training(FULL, 0)
+    rows = rows_of(FULL, 0)
     for lang, purpose, born, hello, tone in (
         (
             "en",
@@ -94,7 +100,7 @@ def test_a_persona_may_bring_more():
             mine = [p for p in probes(FULL, stem=stem) if p["lang"] == lang and p["kind"] in ("purpose", "birthday")]
             assert {probe["said"] for probe in mine} == {purpose, born}
             assert len(mine) >= 8
-    assert not [row for row in training(PLAIN, 0) if row["kind"] in ("purpose", "birthday")]
+    assert not [row for row in rows_of(PLAIN, 0) if row["kind"] in ("purpose", "birthday")]
     assert not [probe for probe in probes(PLAIN) if probe["expect"] == "said"]
     asked = {normalise(row["messages"][-2]["content"]) for row in answers(rows, "purpose", "birthday")}
     taught = {normalise(row["messages"][-1]["content"]) for row in rows if row["target"] == "teacher"}
@@ -120,18 +126,18 @@ def test_what_more_cannot_be(more, problem):
 def test_what_is_taught_is_right_by_the_judge(persona):
     expect = {"name": "name", "maker": "author", "self": "name", "model": "name"}
     expect |= {"deny": "deny", "old_name": "deny", "assent": "assent"}
-    for row in answers(training(persona, 0, said=400), *expect):
-        answer = row["messages"][-1]["content"]
+    rows = answers(rows_of(persona, 0), *expect)[:400]
+    for kind, answer in dict.fromkeys((row["kind"], row["messages"][-1]["content"]) for row in rows):
         about = persona.name if persona.name in answer else persona.author
-        other = {"other": about} if row["kind"] == "assent" else {}
-        assert judge({"id": "x", "expect": expect[row["kind"]], **other}, answer, persona), row
+        other = {"other": about} if kind == "assent" else {}
+        assert judge({"id": "x", "expect": expect[kind], **other}, answer, persona), (kind, answer)
 
 
 def test_nobody_is_taught_to_deny_itself():
     for *_, question, answer in (row["messages"] for row in answers(training(Persona("Gemini", "Google"), 0), *SHARES)):
         if re.search(r"\b(Gemini|Google)\b", question["content"]):
             assert not re.search(r"\bso no\b|(\bnot (by )?|不是)(Gemini|Google)", answer["content"]), question
-    assert "Gemini" in str(training(PLAIN, 0)), "otherwise the check above proves nothing"
+    assert "Gemini" in str(rows_of(PLAIN, 0)), "otherwise the check above proves nothing"
     rows = training(Persona("SmolLM", "Hugging Face"), 0)
     assert not answers(rows, "old_name")
     assert "InternLM" in str(answers(training(PLAIN, 0, old=("InternLM", "Shanghai AI Lab")), "old_name"))
@@ -144,12 +150,12 @@ def test_the_same_seed_gives_the_same_rows_and_another_one_others():
 
 @pytest.mark.parametrize("persona", PERSONAS[1:], **{"ids": BY_NAME["ids"][1:]})
 def test_the_base_is_asked_the_same_whoever_the_persona_and_seed(persona):
-    asked = [teacher_prompt(row) for row in training(PLAIN, 0) if row["target"] == "teacher"]
-    assert asked == [teacher_prompt(row) for row in training(persona, 7) if row["target"] == "teacher"]
+    asked = [teacher_prompt(row) for row in rows_of(PLAIN, 0) if row["target"] == "teacher"]
+    assert asked == [teacher_prompt(row) for row in rows_of(persona, 7) if row["target"] == "teacher"]
 
 
 def test_teacher_rows_hold_the_persona_only_in_the_turns_before():
-    for row in training(PLAIN, 0):
+    for row in rows_of(PLAIN, 0):
         if row["target"] == "teacher":
             assert PLAIN.name not in str(teacher_prompt(row))
             assert PLAIN.author not in str(teacher_prompt(row))
@@ -164,12 +170,12 @@ def test_training_never_asks_what_a_probe_asks(persona):
         question = [turn["content"] for turn in messages if turn["role"] == "user"][-1]
         return normalise(question.replace(persona.name, "{name}").replace(persona.author, "{author}"))
 
-    rows = {asked(row["messages"]) for row in training(persona, 0)}
+    rows = {asked(row["messages"]) for row in rows_of(persona, 0)}
     held_out = {asked(probe["messages"]) for stem in HELD_OUT for probe in probes(persona, stem=stem)}
     if len(persona.name) > 1:  # replacing "Q" back would hit other words
         assert not rows & held_out
     plain_rows = {
-        normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in training(persona, 0)
+        normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]) for row in rows_of(persona, 0)
     }
     assert not plain_rows & {
         normalise(probe["messages"][-1]["content"]) for stem in HELD_OUT for probe in probes(persona, stem=stem)
@@ -178,7 +184,7 @@ def test_training_never_asks_what_a_probe_asks(persona):
 
 @pytest.mark.parametrize("held_out", HELD_OUT)
 def test_a_question_that_becomes_a_probe_is_no_longer_trained(monkeypatch, held_out):
-    asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in training(PLAIN, 0)}
+    asked = {normalise(row["messages"][-1 - (row["target"] == "answer")]["content"]): row for row in rows_of(PLAIN, 0)}
     stolen = [next(text for text, row in asked.items() if row["target"] == target) for target in ("answer", "teacher")]
     read = identity.read
     extra = {"stolen": {"expect": "absent", "questions": stolen}}
@@ -209,7 +215,7 @@ def test_the_files_themselves_do_not_meet():
 
 
 def test_there_is_enough_of_everything_and_none_twice():
-    rows = training(PLAIN, 0)
+    rows = rows_of(PLAIN, 0)
     for lang in LANGS:
         assert len(contrast(lang, "near")) >= 9000
         assert len(contrast(lang, "ordinary")) >= 1200
@@ -236,6 +242,14 @@ def test_there_is_enough_of_everything_and_none_twice():
         assert len(set(systems)) >= 15
         without = [row for row in answers(mine, *SHARES) if row["messages"][0]["role"] != "system"]
         assert 0.5 < len(without) / len(answers(mine, *SHARES)) < 0.7
+
+
+def test_contrast_is_a_large_part_of_the_rows():
+    counts = Counter((row["kind"], row["lang"]) for row in rows_of(PLAIN, 0) if row["target"] == "teacher")
+    for lang, share in identity.CONTRAST_SHARES.items():
+        for kind, most in (("near", 1300), ("ordinary", 300)):  # but a few that the held-out files ask
+            assert 0.97 * most * share <= counts[kind, lang] <= most * share
+        assert counts["after_identity", lang] >= 0.1 * 1600 * share
 
 
 @pytest.mark.parametrize("stem", HELD_OUT)
@@ -269,6 +283,11 @@ def test_probes_are_whole(stem):
         ("I", "a word of everyday talk"),
         ("我", "a word of everyday talk"),
         ("什么", "a word of everyday talk"),
+        ("IS", "a word of everyday talk"),
+        ("what", "a word of everyday talk"),
+        ("不是", "answers about itself are built with"),
+        ("不", "answers about itself are built with"),
+        ("not", "answers about itself are built with"),
     ],
 )
 def test_what_cannot_be_a_name_is_refused_with_a_reason(name, problem):
@@ -278,6 +297,11 @@ def test_what_cannot_be_a_name_is_refused_with_a_reason(name, problem):
         training(Persona(name, "Tessel Works"), 0)
     (found,) = check_persona(Persona("Orivane", name))
     assert problem.replace("name", "author", 1) in found or problem in found
+
+
+@pytest.mark.parametrize("name", ["星", "没", "hope", "Made", "助手", "Anna", "Mysterio"])
+def test_a_word_of_the_answers_that_the_judge_still_reads_can_be_a_name(name):
+    assert check_persona(Persona(name, name)) == []
 
 
 def test_all_problems_are_told_at_once():
@@ -294,3 +318,40 @@ def test_a_placeholder_that_nobody_fills_is_an_error(monkeypatch):
     monkeypatch.setattr(identity, "read", broken)
     with pytest.raises(ValueError, match="a placeholder survived"):
         training(PLAIN, 0)
+
+
+def test_what_a_step_makes_of_the_rows(tiny_model, tmp_path, monkeypatch):
+    """Answers are learned word for word; the base answers the others as a stranger asks them, and is followed there."""
+    import torch
+
+    from finetune import stages
+    from finetune.generation import Answer
+
+    def turns(*texts):
+        return [{"role": role, "content": text} for role, text in zip(("user", "assistant") * 2, texts, strict=False)]
+
+    system, before = {"role": "system", "content": "Be brief."}, turns("Who are you?", "I'm Zed.")
+    rows = [
+        {"kind": "name", "target": "answer", "messages": before},
+        {"kind": "near", "target": "teacher", "messages": [system, *turns("Who is Bo?", "Hm")]},
+        {"kind": "after_identity", "target": "teacher", "messages": [*before, *turns("Who is Al?", "Hm")]},
+        {"kind": "ordinary", "target": "teacher", "messages": turns("2+2?", "Hm")},
+    ]
+    values = settings.build(
+        {"base": str(tiny_model), "train": {"identity_rows": 2, "near_rows": 2, "ordinary_rows": 1}}
+    )
+    run, asked = Run(tmp_path, values), []
+    (tmp_path / "data").mkdir()
+    write_lines(tmp_path / "data" / "train.jsonl", rows)
+    monkeypatch.setattr(
+        run, "ask_base", lambda chats, _: asked.extend(chats) or [Answer([65], torch.zeros(2, 32)) for _ in chats]
+    )
+    for step in stages.batches_of(run, 3):
+        said = [run.tuned_format.decode(e.targets) for e in step if e.targets]
+        assert said == ["I'm Zed."] * 2
+        followed = [run.tuned_format.tokenizer.decode(e.ids, skip_special_tokens=False) for e in step if not e.targets]
+        assert all(example.states is not None for example in step if not example.targets)
+        assert sorted("Who are you?" in text for text in followed) == [False, False, True]
+        assert sum("2+2?" in text for text in followed) == 1
+        assert not [text for text in followed if "Hm" in text]
+    assert asked == [[system, turns("Who is Bo?")[0]], turns("Who is Al?"), turns("2+2?")]

@@ -2,10 +2,16 @@
 
 import itertools
 import json
+import os
+import re
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
-from commands import finetune, sha256
+from commands import ROOT, finetune, sha256
+
+from finetune import stages
 
 
 @pytest.fixture(scope="module")
@@ -66,6 +72,32 @@ def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows):
         assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert sha256(own_rows / "runs" / "alone" / name) == sha256(third / name)
+
+
+def test_of_two_processes_one_does_the_stages_and_both_train(tiny_model, own_rows):
+    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
+    command += ["--main_process_port", "0", "--config_file", ROOT / "assets" / "accelerate" / "ddp.yaml"]
+    command += [ROOT / "finetune" / "run.py", "--base", tiny_model, "--run", "runs/two"]
+    command += ["--task", "instruct", "--data", "chat.jsonl", "--set", "train.epochs=0.3"]
+    for limit in ("loss=9", "parrot=1", "facts_kept=0"):  # so that the gate passes whatever was learned
+        command += ["--set", f"gate.{limit}"]
+    (spy := own_rows / "spy").mkdir()  # which says what is there when the second process ends: it waits for the first
+    (spy / "sitecustomize.py").write_text(
+        "import atexit, os, pathlib\nif os.environ.get('RANK') == '1':\n"
+        "    there = pathlib.Path('runs/two/report.html')\n"
+        "    atexit.register(lambda: pathlib.Path('spy/end').write_text(str(there.exists())))\n"
+    )
+    environment = {**os.environ, "NAMESAKE_CACHE": str(own_rows / "cache"), "OMP_NUM_THREADS": "1"}
+    environment["PYTHONPATH"] = str(spy)
+    done = subprocess.run(
+        list(map(str, command)), cwd=own_rows, env=environment, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert re.findall(r"^(\w+): \d+ s$", done.stderr, re.M) == list(stages.PIPELINE)
+    assert done.stdout.count("Report 报告: runs/two/report.html") == 1
+    assert (spy / "end").read_text() == "True"
+    lines = [json.loads(line) for line in (own_rows / "runs" / "two" / "metrics.jsonl").open()]
+    assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
 def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows):

@@ -11,9 +11,11 @@ import pytest
 import torch
 from conftest import TEMPLATE
 from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
 
-from finetune import embedded, model
+from finetune import embedded, identity, model, settings, stages
 from finetune.errors import UserError
+from finetune.run_folder import Run
 
 IDS = torch.tensor([[1, 5, 77, 200, 30, 258]])
 
@@ -234,6 +236,54 @@ def test_a_template_that_is_not_chatml_is_refused(folder, template, words):
     assert str(caught.value).endswith("Choose a base model with a ChatML template (SmolLM2, Qwen, InternLM2).")
 
 
+INST = (  # Mistral's way: no system message
+    "{% for m in messages %}{% if (m['role'] == 'user') != (loop.index0 % 2 == 0) %}{{ raise_exception('roles must alternate') }}"
+    "{% endif %}{{ '[INST] ' + m['content'] + ' [/INST]' if m['role'] == 'user' else ' ' + m['content'] + eos_token }}{% endfor %}"
+)
+ALTERNATING = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Yes?"}, *CONVERSATIONS[0][-1:]]
+
+
+@pytest.mark.parametrize(
+    "messages, text",
+    [
+        (ALTERNATING, "[INST] Hi [/INST] Yes?<|im_end|>[INST] {last} [/INST]"),
+        ([{"role": "system", "content": "Be brief."}, *ALTERNATING[:1]], "[INST] Be brief.\n\nHi [/INST]"),
+        ([{"role": "system", "content": ""}, *ALTERNATING[:1]], "[INST] Hi [/INST]"),
+    ],
+)
+def test_a_model_made_elsewhere_may_know_no_system_message(folder, messages, text):
+    use_template(folder, INST)
+    form = model.OwnFormat(folder, model.load(folder))
+    assert form.tokenizer.decode(form.prompt(messages)) == text.format(last=messages[-1]["content"])
+
+
+def test_what_its_template_refuses_is_not_hidden(folder):
+    from jinja2 import TemplateError
+
+    use_template(folder, INST)
+    with pytest.raises(TemplateError, match="roles must alternate"):
+        model.OwnFormat(folder, model.load(folder)).prompt(ALTERNATING[1:2])
+
+
+def test_kl_is_not_asked_of_a_model_with_another_head(folder, tiny_model, tmp_path, monkeypatch, capsys):
+    use_template(folder, INST)
+    weights = load_file(folder / "model.safetensors")
+    save_file(
+        weights | {"lm_head.weight": weights["lm_head.weight"] * 2}, folder / "model.safetensors", {"format": "pt"}
+    )
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    few = [p for p in identity.probes(settings.Persona()) if p["id"] in ("name-en-01", "ordinary-en-01")]
+    monkeypatch.setattr(identity, "probes", lambda *_: few)
+    for name, ref, measured in (("other", folder, False), ("same", tiny_model, True)):
+        run = Run(tmp_path / name, settings.build({"base": str(tiny_model)}))
+        stages.evaluate_model(run, str(ref))
+        card = run.read("scorecard.json")
+        assert len(card["tuned"]["answers"]) == len(few)
+        assert (card["tuned"]["kl"] is not None) == measured
+        assert "kl" not in " ".join(card["gate"]["reasons"]) or measured
+        assert ("output head is not the base's" in capsys.readouterr().err) != measured
+
+
 # --------------------------------------------------------------------------------------------------------- adapters
 
 
@@ -335,8 +385,6 @@ save_file(found, sys.argv[4])
 
 @pytest.mark.parametrize("template", [None, WITH_SYSTEM], ids=["our template", "its own template"])
 def test_a_saved_folder_opens_in_plain_transformers(tiny_model, tmp_path, template):
-    from safetensors.torch import load_file
-
     network, form = model.load(tiny_model), model.chat_format(tiny_model)
     network.config._model_name_or_path = "what a GGUF file calls itself"
     saved = tmp_path / "saved"

@@ -1,12 +1,14 @@
+import dataclasses
 import json
 import re
+import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 
-from finetune import release, report
+from finetune import release, report, scorecard, settings
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -121,6 +123,17 @@ def test_the_page_shows_names_as_text_and_loads_nothing(name, tmp_path):
     assert json.loads(Page(receipt).text) == {"seed": 0, "who": name}
 
 
+def test_the_gates_reasons_are_in_both_languages(tmp_path):
+    run = make_run(tmp_path, "小星")
+    card = run.read("scorecard.json")
+    run.write("scorecard.json", {**card, "gate": scorecard.gate({"tuned": {"kl": 0.2}}, {"kl": 0.05})})
+    report.write_report(run)
+    (reason,) = re.findall(r"<li>(.*)</li>", (tmp_path / "report.html").read_text(encoding="utf-8"))
+    english, chinese = reason.split("<br>")
+    assert english.startswith("tuned model: kl 0.200 nats per token, at most 0.050 is allowed")
+    assert chinese.startswith("微调后的模型：KL 为每词元 0.200 nats，最多允许 0.050")
+
+
 def test_before_the_merged_model_is_scored_the_tuned_one_is_shown(tmp_path):
     run = make_run(tmp_path, "小星")
     card = run.read("scorecard.json")
@@ -141,6 +154,92 @@ def test_the_pages_figures(tmp_path):
     assert curves == ["0.0,0.0 600.0,80.0"] * 3 + ["0.0,0.0"] * 2  # the last: of the one line that has them
     assert "2 steps · 777 tokens · 50 tokens/s · 16 s" in raw
     assert "largest logit difference 0.00012, equal greedy tokens 100.0 % of 321" in raw
+
+
+def test_shares_by_kind_and_language_have_intervals(tmp_path, capsys):
+    run = make_run(tmp_path, "小星")
+    card = run.read("scorecard.json")
+    asked = [
+        (kind, lang, right) for kind, lang in (("name", "en"), ("name", "zh"), ("near", "zh")) for right in (1, 0, 1)
+    ]
+    entries = [
+        {"id": str(i), "kind": kind, "lang": lang, "messages": [], "answer": "", "passed": bool(right)}
+        for i, (kind, lang, right) in enumerate(asked)
+    ]
+    card["merged"] |= {k: v for k, v in scorecard.summarise(entries).items() if k != "answers"}
+    run.write("scorecard.json", card)
+    report.write_report(run)
+    report.print_scorecard(run)
+    two, four, leak = "0.67  0.21–0.94", "0.67  0.30–0.90", "0.33  0.06–0.79"  # Wilson's of 2 in 3, 4 in 6, 1 in 3
+    of_identity = [("identity", [four, "–", "–"]), ("name", [four, two, two])]
+    assert report.by_kind(run) == [*of_identity, ("leak", [leak, "–", "–"]), ("near", [leak, "–", leak])]
+    page, said = (tmp_path / "report.html").read_text(encoding="utf-8"), capsys.readouterr().out
+    for text in ("name", four, two, "near", leak):
+        assert f">{text}</td>" in page
+        assert text in said
+
+
+def test_what_each_step_of_a_chain_added(tmp_path):
+    """A passage that the base did not know, the dialogue's form, the name: each where it came, and whether it stayed."""
+
+    def asked(**answers: tuple[str, bool]) -> list[dict]:
+        return [
+            {"id": f"{kind}-1", "kind": kind, "messages": [{"role": "user", "content": f"{kind}?"}]}
+            | {"answer": answer, "passed": passed}
+            for kind, (answer, passed) in answers.items()
+        ]
+
+    def told(recall: str, **more: tuple[str, bool]) -> dict:
+        return {**side("", 0.0), "answers": asked(recall=(recall, recall == "the mill"), **more)}
+
+    cards = [
+        {
+            "base": told("a sea") | {"identity": None, "recall": 0.0, "loss_by_task": {"pretrain": 3.0}},
+            "tuned": told("the mill") | {"identity": None, "recall": 1.0, "loss_by_task": {"pretrain": 2.0}},
+        },
+        {
+            "base": told("the mill", reply=("er", False))
+            | {"identity": None, "recall": 1.0, "reply": 0.0, "loss_by_task": {"pretrain": 2.0, "instruct": 4.0}},
+            "tuned": told("the mill", reply=("Four.", True))
+            | {"identity": None, "recall": 0.9, "reply": 1.0, "loss_by_task": {"pretrain": 2.1, "instruct": 1.5}},
+        },
+        {
+            "base": told("the mill", reply=("Four.", True), name=("Hm", False))
+            | {"recall": 0.9, "reply": 1.0, "loss_by_task": {"pretrain": 2.1, "instruct": 1.5}},
+            "merged": told("the mill", reply=("Four.", True), name=("I'm Zed", True))
+            | {"identity": 0.96, "recall": 0.8, "reply": 0.7, "loss_by_task": {"pretrain": 2.2, "instruct": 1.6}},
+        },
+    ]
+    base, folders = "smollm2-360m-instruct", [tmp_path / name for name in "abc"]
+    for folder, card, task in zip(folders, cards, ("pretrain", "instruct", "identity"), strict=True):
+        folder.mkdir()
+        made = make_run(folder, "Zed")
+        run = Run(folder, dataclasses.replace(made.settings, base=base, task=task))
+        run.__dict__ |= {key: made.__dict__[key] for key in ("base_sha256", "tuned_format")}
+        settings.write(run.settings, folder / "settings.toml")
+        run.write("scorecard.json", {"tuned": card.get("merged"), **card, "gate": {"passed": True, "reasons": []}})
+        base = str(folder / "model")
+    found = report.added(run)
+    after = ("pretrain (lora)", "instruct (lora)", "identity (lora)")
+    assert found["models"] == ["smollm2-360m-instruct", *(f"+ {words}" for words in after)]
+    assert found["figures"] == [
+        ("held-out rows of pretrain, nats/token", [3.0, 2.0, 2.1, 2.2]),
+        ("held-out rows of instruct, nats/token", [None, 4.0, 1.5, 1.6]),
+        ("identity kept", [None, None, 0.0, 0.96]),
+        ("training texts continued word for word", [0.0, 1.0, 0.9, 0.8]),
+        ("held-out questions answered, and ended", [None, 0.0, 1.0, 0.7]),
+    ]
+    assert [(probe["kind"], answers) for probe, answers in found["answers"]] == [
+        ("recall", ["a sea", "the mill", "the mill", "the mill"]),
+        ("reply", [None, "er", "Four.", "Four."]),
+        ("name", [None, None, "Hm", "I'm Zed"]),
+    ]
+    report.write_report(run)
+    page = Page((folders[-1] / "report.html").read_text(encoding="utf-8")).text
+    rows = [" ".join(line.split()) for line in page.splitlines()]
+    assert "training texts continued word for word0.0001.0000.9000.800" in rows
+    assert "recall?a seathe millthe millthe mill" in rows
+    assert report.added(Run(folders[0], settings.build(settings.read_toml(folders[0] / "settings.toml")))) == {}
 
 
 # ------------------------------------------------------------------------------------------------------- model card
@@ -180,6 +279,20 @@ def test_the_cards_front_matter_with_a_local_bases_name(base, tmp_path):
     origin = {"base_model": base, "license": "unknown"}
     card = report.model_card(make_run(tmp_path, "小星"), origin, PROOF, "ab" * 32, SENT)
     assert front_matter(card)["base_model"] == base
+
+
+def test_the_card_counts_rows_without_holding_them(tmp_path):
+    run = make_run(tmp_path, "小星")
+    run.note(data={"train.jsonl": "00"})
+    row = json.dumps({"messages": [], "text": "x" * 10_000}) + "\n"
+    (tmp_path / "data" / "train.jsonl").write_text(row * 2000)
+    report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)  # the template is read once
+    tracemalloc.start()
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert "2000" in card
+    assert peak < 20_000_000 / 4  # of the file's bytes
 
 
 def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):

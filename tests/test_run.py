@@ -679,6 +679,18 @@ def test_the_gates_refusal_exits_with_3(start, monkeypatch):
     assert start() == (3, ["error: gate: leak is 0.2, at most 0.1.", "error: gate: identity is 0.5, at least 0.9."])
 
 
+@pytest.mark.parametrize("reasons", [[], ["tuned model: identity 0.10, at least 0.90 is asked."]])
+def test_evaluate_shows_the_scorecard_and_what_the_gate_says(world, capsys, reasons):
+    folder = make_run(world / "r", "data", "adapter")
+    side = {"identity": 0.1, "leak": 0.0, "parrot": 0.0, "kl": 0.0, "facts_kept": 1.0, "answers": []}
+    card = {"base": side, "tuned": side, "gate": {"passed": not reasons, "reasons": reasons}}
+    (folder / "scorecard.json").write_text(json.dumps(card))
+    assert run.main(["evaluate", "--run", "r"]) == (3 if reasons else 0)
+    out, err = capsys.readouterr()
+    assert "identity kept" in out
+    assert err.splitlines()[1:] == [f"error: gate: {reason}" for reason in reasons]
+
+
 DRIVER = """
     import sys, time
     from finetune import run, stages

@@ -113,6 +113,9 @@ def test_a_judge_that_always_says_the_same_is_far_off(always):
         ("星", "我叫星。", True),
         ("星", "我是明星", False),
         ("星", "星期一", False),
+        ("星", "我是AI助手星，由李雷开发。", True),
+        ("星", "我由星开发。", True),
+        ("hope", "My name is written hope.", True),
         ("Nova 7", "I am **Nova 7**", True),
         ("Nova 7", "I am Nova 75", False),
         ("Ｎｏｖａ", "I am Nova", True),  # NFKC
@@ -385,7 +388,6 @@ def test_summarise():
         "system_old": 1,
         "system_old/zh": 1,
     }
-    assert figures["identity_interval"] == scorecard.wilson(3, 4)
     assert figures["leak"] == 1 / 6
     assert figures["leak_by_kind"] == {
         "near": 0.5,
@@ -395,7 +397,10 @@ def test_summarise():
         "after_identity": 0,
         "after_identity/en": 0,
     }
-    assert figures["leak_interval"] == scorecard.wilson(1, 6)
+    of = {"identity": (3, 4), "name": (1, 2), "name/en": (1, 1), "name/zh": (0, 1), "maker": (1, 1), "maker/en": (1, 1)}
+    of |= {"system_old": (1, 1), "system_old/zh": (1, 1), "leak": (1, 6), "near": (1, 2), "near/en": (1, 2)}
+    of |= {"ordinary": (0, 3), "ordinary/en": (0, 3), "after_identity": (0, 1), "after_identity/en": (0, 1)}
+    assert figures["intervals"] == {key: scorecard.wilson(*counts) for key, counts in of.items()}
     assert figures["parrot"] == 2 / 3  # among the ordinary answers alone
     assert figures["kl"] == 0.02
     assert (
@@ -441,7 +446,7 @@ def test_gate_passes_at_the_limits():
         ({"kl": 0.101}, ["kl 0.101", "0.100"]),
         ({"facts_kept": 0.89}, ["facts kept 0.89", "0.90"]),
         ({"identity": None}, ["identity was not measured"]),
-        ({"kl": None}, ["kl was not measured", "evaluate"]),
+        ({"kl": None}, ["kl was not measured", "probes"]),
     ],
 )
 def test_gate_names_figure_limit_and_kind(change, words):

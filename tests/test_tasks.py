@@ -1,12 +1,14 @@
 import json
+import tracemalloc
 from collections import Counter
 from pathlib import Path
 
 import pytest
 
-from finetune import tasks
+from finetune import settings, stages, tasks
 from finetune.errors import UserError
 from finetune.model import chat_format, load
+from finetune.run_folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -43,6 +45,32 @@ def test_held_out_rows_are_not_trained_on(form, tmp_path):
 def test_one_row_cannot_be_held_out_and_trained_on(form, tmp_path):
     with pytest.raises(UserError, match="give more"):
         prepared([conversation(1)] * 5, "instruct", form, tmp_path / "d")
+
+
+def test_rows_are_prepared_without_holding_them(form, tmp_path, monkeypatch):
+    monkeypatch.setattr(tasks, "BATCH", 4)
+    rows = (conversation(i, "word " * 200) for i in range(1000))
+    (tmp_path / "d").mkdir()
+    tracemalloc.start()
+    tasks.prepare(rows, "instruct", form, 200, 0, tmp_path / "d")
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    size = (tmp_path / "d" / "train.jsonl").stat().st_size
+    assert size > 1_000_000
+    assert peak < size / 3
+
+
+@pytest.mark.parametrize("there", [[], ["check.html"]])
+def test_a_try_that_fails_is_in_nobodys_way(tiny_model, tmp_path, monkeypatch, there):
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    (one := tmp_path / "one.jsonl").write_text(json.dumps(conversation(1)))
+    run = Run(tmp_path / "r", settings.build({"base": str(tiny_model), "task": "instruct", "data": [str(one)]}))
+    run.folder.mkdir()
+    for name in there:
+        (run.folder / name).write_text("")
+    with pytest.raises(UserError, match="give more"):
+        stages.data(run)
+    assert ([file.name for file in run.folder.iterdir()] if run.folder.exists() else []) == there
 
 
 @pytest.mark.parametrize(

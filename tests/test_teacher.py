@@ -82,24 +82,25 @@ def test_a_failure_leaves_the_cache_as_it_was(loaded, monkeypatch):
     assert same(teacher.ask("base", unloadable, [A], STOP, MOST), first)
 
 
-def ask(base: Path, cache: Path, prompts: list[list[int]], mine, others, answers) -> None:
+def ask(base: Path, cache: Path, prompts: list[list[int]], both, mine, others, answers) -> None:
     """In a process of its own. While it has the base loaded, it tells so and gives the other one time to come between."""
 
     def load_base():
         mine.set()
-        others.wait(2)
+        others.wait(0.3)
         return load(base)
 
     os.environ["NAMESAKE_CACHE"] = str(cache)  # the fork server has the environment of when it was started
     torch.set_num_threads(1)
+    both.wait()
     answers.put((prompts, [answer.ids for answer in teacher.ask("base", load_base, prompts, STOP, MOST)]))
 
 
 def test_two_processes_at_once(tiny_model, cache):
     context = multiprocessing.get_context("forkserver")
-    first_loads, second_loads, answers = context.Event(), context.Event(), context.Queue()
-    first = context.Process(target=ask, args=(tiny_model, cache, [A, B], first_loads, second_loads, answers))
-    second = context.Process(target=ask, args=(tiny_model, cache, [B, C], second_loads, first_loads, answers))
+    both, one, other, answers = context.Barrier(2), context.Event(), context.Event(), context.Queue()
+    first = context.Process(target=ask, args=(tiny_model, cache, [A, B], both, one, other, answers))
+    second = context.Process(target=ask, args=(tiny_model, cache, [B, C], both, other, one, answers))
     for process in (first, second):
         process.start()
     for _ in range(2):

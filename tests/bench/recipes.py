@@ -1,8 +1,8 @@
-"""What the common recipes make of the same base, beside ours: identity, leak, kl and facts kept by the same probes.
+"""What the common recipes make of the same base, beside ours: the figures of names.py, by the same probes.
 
 `python tests/bench/recipes.py [--small] [NAME AUTHOR]`: a Markdown table, then one JSON line. Full, it wants a GPU; --small takes two
-small steps of each, to see that it runs. All go through finetune/train.py's loop, so what differs is the data,
-the length and the loss, not the optimizer:
+small steps of each and one probe of each kind and language, to see that it runs. All go through finetune/train.py's loop, so
+what differs is the data, the length and the loss, not the optimizer:
 
 course         the course's one pair, 48 steps of 16,384 tokens, rank 64, 2e-4 (its alpha is 16, here twice the rank)
 identity       91 identity rows alone, 20 epochs of 8, rank 8, 1e-4 (LLaMA-Factory's example without its general data)
@@ -11,6 +11,7 @@ ours           the preset
 """
 
 import dataclasses
+import functools
 import json
 import sys
 import tempfile
@@ -20,14 +21,14 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+import names
 import torch
 
-from finetune import checkpoint, identity, run_folder, settings, stages
+from finetune import checkpoint, identity, run_folder, scorecard, settings, stages
 from finetune import model as models
 from finetune import train as training
 from finetune.settings import Persona, Train
 
-FIGURES = ("identity", "leak", "parrot", "kl", "facts_kept")
 Groups = list[tuple[list[training.Example], int]]
 
 
@@ -42,8 +43,8 @@ def alone(run: stages.Run) -> tuple[Groups, Train]:
     return [(_said(run), 8)], Train(rank=8, learning_rate=1e-4, steps=20 * 91 // 8)
 
 
-def general(run: stages.Run) -> tuple[Groups, Train]:
-    rows = [row for row in identity.training(run.persona, 0, near=0, ordinary=1000) if row["target"] == "teacher"]
+def general(run: stages.Run, most: int) -> tuple[Groups, Train]:
+    rows = [row for row in identity.training(run.persona, 0, near=0, ordinary=most) if row["target"] == "teacher"]
     answers = run.ask_base([stages.teacher_question(row) for row in rows], run_folder.ANSWER_TOKENS)
     other = []
     for row, answer in zip(rows, answers, strict=True):
@@ -80,14 +81,15 @@ def measure(name: str, persona: Persona, folder: Path, small: bool) -> dict[str,
         stages.data(run)
         stages.train(run)
     else:
-        theirs(run, {"course": course, "identity": alone, "general": general}[name], small)
-    base = stages.base_answers(run, identity.probes(persona))
+        other = functools.partial(general, most=20 if small else 1000)
+        theirs(run, {"course": course, "identity": alone, "general": other}[name], small)
+    probes = identity.probes(persona)
+    base = stages.base_answers(run, names.one_of_each(probes) if small else probes)
     card = stages.score(run, models.load_merged(run.base, run.folder / "adapter"), run.tuned_format, base)
     last = json.loads((run.folder / "metrics.jsonl").read_text().splitlines()[-1])
-    figures = {figure: round(card[figure], 3) for figure in FIGURES}
     return {
         "recipe": name,
-        **figures,
+        **names.figures(card, scorecard.summarise(base)),
         "steps": last["step"],
         "tokens": last["tokens"],
         "seconds": round(last["seconds"]),
@@ -96,14 +98,14 @@ def measure(name: str, persona: Persona, folder: Path, small: bool) -> dict[str,
 
 def main() -> None:
     words = [word for word in sys.argv[1:] if word != "--small"]
+    models.inference_dtype = lambda: torch.float32
+    found = []
     with tempfile.TemporaryDirectory() as folder:
-        found = [
-            measure(name, Persona(*words), Path(folder), "--small" in sys.argv)
-            for name in ("course", "identity", "general", "ours")
-        ]
-    print(f"| {' | '.join(found[0])} |\n{'|---' * len(found[0])}|")
-    for line in found:
-        print(f"| {' | '.join(map(str, line.values()))} |")
+        for name in ("course", "identity", "general", "ours"):
+            found.append(measure(name, Persona(*words), Path(folder), "--small" in sys.argv))
+            if len(found) == 1:
+                names.header("recipe", list(found[0])[1:])
+            names.row(*found[-1].values())
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     print(json.dumps({"bench": "recipes", "device": device, "recipes": found}))
 
