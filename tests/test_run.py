@@ -20,6 +20,7 @@ import pytest
 
 from finetune import checks, run, settings, stages
 from finetune.errors import GateRefused
+from finetune.run_folder import RESTORE, Run
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "finetune" / "run.py"
@@ -649,10 +650,11 @@ def test_publish_of_files_that_are_missing_names_all(start, world):
     status, lines = start("publish", "--run", "r", "--to", "dir:there", "--what", "both", "--with-data")
     paths = ["adapter/adapter_config.json", "adapter/adapter_model.safetensors", "adapter/namesake.json"]
     paths += ["data/train.jsonl", "data/probes.jsonl"]
+    again = Run(Path("r"), settings.Settings()).mend("model/model.safetensors")
     assert (status, lines[:8]) == (
         2,
-        [f"error: r/{path} is missing: make the run's model again." for path in paths]
-        + [f"error: r/model/{n} is not what the run made ({n}): make the run's model again." for n in names],
+        [f"error: r/{path} is missing: {RESTORE}." for path in paths]
+        + [f"error: r/model/{n} is not what the run made ({n}): {again}." for n in names],
     )
     assert lines[8] == "error: gate: kl 0.3 is too much"
 
