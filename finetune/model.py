@@ -523,7 +523,9 @@ def save(
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # it is written for its owner alone
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("_model_name_or_path", None)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("_name_or_path", "_model_name_or_path"):  # paths of this machine, or what a GGUF file calls itself
+            part.pop(key, None)
     for part in (config, config.get("text_config", {})):
         part |= old_rope_keys(part.get("rope_parameters") or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

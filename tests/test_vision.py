@@ -363,8 +363,10 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NAMESAKE_CACHE", str(folder / "cache"))
         patch.setattr(sight, "PROBES", {"en": 3, "zh": 2})
+        patch.setattr(sight, "ALIGN_STEPS", 20)
         first, second = folder / "eyes-1", folder / "eyes-2"
-        assert run.main(["--task", "vision-projector", "--base", str(tiny_model), "--run", str(first), *common]) == 0
+        base = str(shutil.copytree(tiny_model, folder / "cache" / "tiny"))
+        assert run.main(["--task", "vision-projector", "--base", base, "--run", str(first), *common]) == 0
         named = [
             "--name",
             "小星",
@@ -463,10 +465,11 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, mon
     assert (again / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch):
-    _, second = eyes
-    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
-    assert run.main(["publish", "--run", str(second), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
+@pytest.mark.parametrize("phase", [0, 1])
+def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch, phase):
+    folder = eyes[phase]
+    monkeypatch.setenv("NAMESAKE_CACHE", str(folder.parent / "cache"))  # where the base lies: no path of it goes out
+    assert run.main(["publish", "--run", str(folder), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
     assert (tmp_path / "out" / models.PREPROCESSOR).is_file()
     assert run.main(["pull", "--verify", str(tmp_path / "out")]) == 0
 
