@@ -42,7 +42,7 @@ ACTIVATION_BYTES = 1_300_000_000  # of a step of a thousand tokens through a 7B 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  # of a model that sees
 SEES = "llava"  # its model type
 PROJECTOR = "multi_modal_projector"
-WHOLE = ["lm_head", PROJECTOR, "vision_tower"]  # these are never quantised
+WHOLE = ["lm_head", f".*{PROJECTOR}", ".*vision_tower"]  # these are never quantised; matched from the name's start
 ADAPTER_RECORD = "namesake.json"  # in an adapter's folder: which base it was made for, and the prompt format's hash
 
 

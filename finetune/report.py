@@ -122,7 +122,8 @@ def print_scorecard(run: Run) -> None:
 
 def print_comparison(run: Run) -> None:
     lines = run.read("compare.json")["methods"]
-    keys = [key for key in ("identity", "leak", "kl", "facts_kept", "loss") if lines[0][key] is not None]
+    shown = ("identity", "leak", "kl", "facts_kept", "sight", "blind", "loss")
+    keys = [key for key in shown if lines[0][key] is not None]
     table = Table("method 方法", "peak memory 峰值内存", "tokens/s", "stored 存储", "passed after 通过用时", *keys)
     for line in lines:
         after = f"{line['seconds_to_pass']:.0f} s" if line["passed"] else "not passed 未通过"

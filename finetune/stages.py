@@ -30,6 +30,7 @@ from finetune.run_folder import ANSWER_TOKENS, Run, read_lines, write_lines
 from finetune.terminal import chat
 
 METHODS = ("full", "lora", "qlora")  # in the order of the comparison
+COMPARED = ("identity", "leak", "parrot", "kl", "facts_kept", "sight", "blind", "loss")  # of the scorecard
 DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
 
@@ -406,7 +407,7 @@ def compare(run: Run) -> None:
         check(run)
         data(run)
     found = []
-    for method in METHODS:
+    for method in METHODS[run.settings.task in sight.TASKS :]:  # which refuse the first one, full
         own = Run(run.folder / "compare" / method, dataclasses.replace(run.settings, method=method))
         if not is_done(own, "data"):
             own.folder.mkdir(parents=True, exist_ok=True)
@@ -447,7 +448,7 @@ def measured(run: Run) -> dict[str, Any]:
         "stored_bytes": receipt["stored_bytes"],
         "seconds_to_pass": end["seconds"] if card["gate"]["passed"] else None,
         "passed": card["gate"]["passed"],
-        **{key: card["tuned"].get(key) for key in ("identity", "leak", "parrot", "kl", "facts_kept", "loss")},
+        **{key: card["tuned"].get(key) for key in COMPARED},
     }
 
 

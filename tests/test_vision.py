@@ -5,24 +5,26 @@ import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from conftest import HEADS, PATCH, SIZE, WIDTH
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from test_app import serving
 
-from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, train, vision
+from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, stages, train, vision
 from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
 from finetune.run_folder import Run
-from finetune.train import answer_example
+from finetune.train import answer_example, losses
 
 
 @pytest.fixture(scope="session")
@@ -530,6 +532,38 @@ def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, cl
         assert not torch.allclose(seeing(ids).logits, models.load(tiny_model)(ids).logits, atol=1e-2)
     trained = {name for name, weight in seeing.named_parameters() if weight.requires_grad}
     assert all(".layers.1." in name or "multi_modal_projector" in name for name in trained)
+
+
+def test_four_bits_are_the_language_model_s_alone(tiny_model, clip_folder, tmp_path):
+    """Neither the image encoder nor the projector, which learns in both phases."""
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    form = models.chat_format(tmp_path / "model")
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "?"}]
+    said = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    for rank in (0, 2):
+        model = models.load_for_training(tmp_path / "model", "qlora")
+        models.give_eyes(model, form)
+        network = models.add_lora(model, rank).get_base_model()
+        four_bit = {name for name, module in network.named_modules() if isinstance(module, Linear4bit)}
+        assert {name.partition(".layers.")[0] for name in four_bit} == {"model.language_model"}
+        losses(network, [answer_example(*form.render(said))])[0].backward()
+        moved = {name for name, weight in network.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert len([name for name in moved if sight.PROJECTOR in name]) == 4
+        assert any("lora_B" in name for name in moved) == bool(rank)
+        assert all(sight.PROJECTOR in name or "lora_" in name for name in moved)
+
+
+def test_compare_trains_what_the_task_takes(eyes, tmp_path, monkeypatch):
+    """Not full, which both of these tasks refuse; each method in this process, which has everything imported."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    monkeypatch.setattr(stages.subprocess, "run", lambda command, check: Mock(returncode=run.main(command[2:])))
+    monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
+    arguments = ["compare", "--task", "vision-projector", "--base", str(eyes[0] / "model")]
+    arguments += ["--run", str(tmp_path / "m"), "--set", "vision.pictures=4", "--set", "vision.steps=2"]
+    assert run.main(arguments) == 0
+    found = json.loads((tmp_path / "m" / "compare.json").read_text())["methods"]
+    assert [line["method"] for line in found] == ["lora", "qlora"]
+    assert all(0 <= line[key] <= 1 for line in found for key in ("sight", "blind"))
 
 
 def test_a_model_that_does_not_see_says_so(tiny_model):
