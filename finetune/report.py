@@ -168,7 +168,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     """README.md of what is made or published, zh and en, with the front matter that hubs read.
 
     `sent`: {"to": the places.Place, None for the run's own folder, "what": "model", "adapter" or "both", "why": it is
-    published in spite of the gate, "with_data": whether the training data goes along}.
+    published in spite of the gate, "with_data": whether the training data goes along, "own_base": whether the adapter's base
+    is published nowhere}.
     """
     from finetune.model import own_encoder, sees
     from finetune.train import asked, best
@@ -197,6 +198,7 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
             what=sent["what"],
             why=sent["why"],
             with_data=sent["with_data"],
+            own_base=sent["own_base"],
             reasons=run.read("scorecard.json")["gate"]["reasons"],
             said=said,
             figures=figures(run),

@@ -86,6 +86,13 @@ class Run:
         return Path(self.settings.base).name
 
     @property
+    def own_base(self) -> bool:
+        """Whether the base was made by this program, of a run before or of parts: its name is another model's then."""
+        from finetune import model
+
+        return model.sees(self.base) or (self.base / "manifest.json").is_file()
+
+    @property
     def limits(self) -> dict[str, float]:
         """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
         limits, sight, rest = vars(self.settings.gate), ("sight", "blind"), ("parrot", "facts_kept", "loss")

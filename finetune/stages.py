@@ -345,7 +345,7 @@ def merge(run: Run) -> None:
         else:
             card["merged"] = score(run, model, models.chat_format(folder), card["base"]["answers"])
         write_scorecard(run, card)
-        sent = {"to": None, "what": "model", "why": "", "with_data": False}
+        sent = {"to": None, "what": "model", "why": "", "with_data": False, "own_base": False}
         (folder / "README.md").write_text(model_card(run, origin, proof, run.base_sha256, sent), encoding="utf-8")
         # For the page of whoever downloads it; what was learned from a user's own rows stays here.
         sides = {"base": card["base"], "tuned": card["merged"]}

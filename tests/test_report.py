@@ -1,12 +1,13 @@
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 import yaml
 
-from finetune import release, report
+from finetune import release, report, settings
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -25,7 +26,7 @@ NAMES = [
 FORMS: list[ChatFormat] = []
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 PROOF = {"max_logit_difference": 0.000123, "equal_greedy_tokens": 1.0, "tokens": 321}
-SENT = {"to": None, "what": "model", "why": "", "with_data": False}  # the run's own folder
+SENT = {"to": None, "what": "model", "why": "", "with_data": False, "own_base": False}  # the run's own folder
 
 
 def side(answer: str, identity: float) -> dict:
@@ -184,8 +185,9 @@ def test_the_cards_front_matter_with_a_local_bases_name(base, tmp_path):
 
 def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
     why = 'a "test" --- <b>\n# no heading'
-    sent = {"to": parse("openxlab:user/x@v1"), "what": "adapter", "why": why, "with_data": False}
-    card = report.model_card(make_run(tmp_path, "小星"), ORIGIN, PROOF, "ab" * 32, sent)
+    sent = {"to": parse("openxlab:user/x@v1"), "what": "adapter", "why": why, "with_data": False, "own_base": False}
+    run = make_run(tmp_path, "小星")
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, sent)
     front = front_matter(card)
     assert (front["base_model_relation"], front["library_name"]) == ("adapter", "peft")
     assert "\n# no heading" not in card
@@ -193,6 +195,17 @@ def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
     assert "too low for 小星" in card
     assert "git clone -b v1 https://code.openxlab.org.cn/user/x.git model" in card
     assert "pull --verify openxlab:user/x@v1" in card
+    assert "PeftModel.from_pretrained" in card
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, {**sent, "own_base": True})
+    assert "PeftModel" not in card
+    assert "it fits no other" in card
+
+
+def test_a_base_that_was_made_here_is_told_from_one_that_has_a_name(tiny_model, tmp_path):
+    made = shutil.copytree(tiny_model, tmp_path / "model")
+    assert not Run(tmp_path, settings.build({"base": str(made)})).own_base
+    (made / "manifest.json").write_text("{}")
+    assert Run(tmp_path, settings.build({"base": str(made)})).own_base
 
 
 def test_the_card_of_full_finetuning_knows_no_adapter(tmp_path):

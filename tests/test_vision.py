@@ -476,6 +476,20 @@ def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch, phas
     assert run.main(["pull", "--verify", str(tmp_path / "out")]) == 0
 
 
+def test_what_a_stranger_could_not_use_is_not_published(eyes, tmp_path, monkeypatch, capfd):
+    """An adapter of a base that was made here, and rows about pictures."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    arguments = ["publish", "--to", f"dir:{tmp_path / 'out'}", "--force", "a test", "--run"]
+    for folder in eyes:
+        assert run.main([*arguments, str(folder), "--what", "adapter", "--with-data"]) == 2
+        said = capfd.readouterr().err
+        assert "fits only what it was trained on, which was made here of" in said
+        assert "these are about pictures, which are not sent: publish without it" in said
+    assert not (tmp_path / "out").exists()
+    assert run.main([*arguments, str(eyes[1]), "--what", "both"]) == 0
+    assert "it fits no other" in (tmp_path / "out" / "README.md").read_text()
+
+
 def test_the_api_takes_pictures_and_fetches_none(eyes):
     import openai
 
