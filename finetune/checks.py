@@ -103,7 +103,7 @@ def task_of(sources: list[str]) -> str:
     """Which task learns from rows like the first one."""
     with contextlib.suppress(UserError):  # said by `task_problems`
         for row in records.scan(sources):
-            if isinstance(row["raw"], dict) and (row["raw"].get("image") or row["raw"].get("images")):
+            if row["pictured"]:
                 return "vision"
             if "problem" not in row:
                 return "pretrain" if "text" in row else "instruct"

@@ -87,7 +87,7 @@ def to_data_url(file: Path) -> str:
 
 def sight(raw: dict[str, Any], messages: list[Message], folder: Path) -> list[Message]:
     """A LLaVA row's messages with its pictures, each loaded once, in the places of `<image>`, as {"type": "image", "image":
-    its path}; a row without pictures stays as it is. Paths are relative to `folder`. Raises UserError."""
+    its path or data URL}; a row without pictures stays as it is. Paths are relative to `folder`. Raises UserError."""
     named = raw.get("image") or raw.get("images") or []
     named = named if isinstance(named, list) else [named]
     wrong = [n for n in named if not isinstance(n, str)]
@@ -109,19 +109,22 @@ def _parts(text: str, left: Iterator[str], folder: Path) -> list[dict[str, Any]]
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(IMAGE)):
         if i:
-            parts.append({"type": "image", "image": str(_checked(next(left), folder))})
+            parts.append({"type": "image", "image": _checked(next(left), folder)})
         # the format itself breaks the line after a picture
         if piece := piece.removeprefix("\n") if i else piece:
             parts.append({"type": "text", "text": piece})
     return parts
 
 
-def _checked(name: str, folder: Path) -> Path:
-    if ADDRESS.match(name) or name.startswith("data:"):
+def _checked(name: str, folder: Path) -> str:
+    if name.startswith("data:"):
+        from_data_url(name)
+        return name
+    if ADDRESS.match(name):
         raise UserError(f"its picture {name[:80]} is an address, and nothing is fetched: download it and give its path")
     file = folder / Path(name).expanduser()
     try:
         load(file)
     except UserError as error:
         raise UserError(f"its picture {name} {error}") from error
-    return file.absolute()
+    return str(file.absolute())

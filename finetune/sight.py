@@ -123,7 +123,9 @@ def placed(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, A
     """Messages whose pictures are named from the data folder, named in full."""
 
     def place(part: dict[str, Any]) -> dict[str, Any]:
-        return {**part, "image": str(folder / part["image"])} if part["type"] == "image" else part
+        if part["type"] != "image" or part["image"].startswith("data:"):
+            return part
+        return {**part, "image": str(folder / part["image"])}
 
     return [
         message

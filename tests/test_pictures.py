@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from finetune import drawn, pictures, records
+from finetune import checks, drawn, pictures, records
 from finetune.errors import UserError
 
 RED, BLUE = (200, 30, 20), (20, 40, 210)
@@ -160,6 +160,47 @@ def test_llava_rows(tmp_path):
         {"type": "text", "text": "what changed?"},
     ]
     assert found[2][0]["content"] == "Who are you?"
+
+
+def exported(*contents: object) -> dict:
+    """As the page writes a conversation."""
+    who = ("user", "assistant")
+    return {"title": "t", "messages": [{"role": who[i % 2], "content": c} for i, c in enumerate(contents)]}
+
+
+def shown(url: object) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_what_the_page_exports(tmp_path):
+    one, two = (pictures.to_data_url(saved(tmp_path, f"{n}.png", two_colours(n))) for n in ("RGB", "L"))
+    asked = [shown(one), shown(two), {"type": "text", "text": "\nWhat changed?"}]
+    found = rows(tmp_path, exported(asked, "The colours.", "Sure?", "Yes."), exported([shown(one)], "Red and blue."))
+    image = {"type": "image"}
+    assert found[0][0]["content"] == [
+        {**image, "image": one},
+        {**image, "image": two},
+        {"type": "text", "text": "\nWhat changed?"},
+    ]
+    assert [m["content"] for m in found[0][1:]] == ["The colours.", "Sure?", "Yes."]
+    assert found[1][0]["content"] == [{**image, "image": one}]
+    assert checks.task_of([str(tmp_path / "rows.json")]) == "vision"
+    with pytest.raises(UserError, match="has an image, and this task learns from text alone"):
+        list(records.read([str(tmp_path / "rows.json")]))
+
+
+def test_every_bad_exported_row_is_named(tmp_path):
+    bad = {
+        "is an address, and nothing is fetched": exported([shown("https://example.org/a.png")], "b"),
+        "A picture is no picture that can be read": exported([shown("data:image/png;base64,AAAA")], "b"),
+        "data URL is not base64": exported([shown("data:image/png;base64,?")], "b"),
+        "has an image that is NoneType": exported([shown(None)], "b"),
+        "has <image> in a message of role assistant": exported("a", [shown("data:image/png;base64,AAAA")]),
+    }
+    with pytest.raises(UserError) as caught:
+        rows(tmp_path, *bad.values())
+    for problem, words in zip(caught.value.problems, bad, strict=False):
+        assert words in problem
 
 
 def test_every_bad_row_is_named(tmp_path):

@@ -385,7 +385,7 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def llava_rows(folder: Path) -> Path:
-    """Forty rows, every fourth without a picture."""
+    """Forty rows, every fourth without a picture, and one with its picture in it, as the page exports a conversation."""
     rows = []
     for i in range(40):
         question, more = "Who?", {}
@@ -394,6 +394,9 @@ def llava_rows(folder: Path) -> Path:
             question, more = "<image>\nWhat?", {"image": f"{i}.png"}
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {i}"}]
         rows.append({"id": str(i), "conversations": turns, **more})
+    parts = [{"type": "image_url", "image_url": {"url": pictures.to_data_url(folder / "1.png")}}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Answer"}]
+    rows.append({"title": "?", "messages": said})
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
 
@@ -440,7 +443,8 @@ def test_both_are_proved_and_described(eyes):
         assert 0 <= card[side]["blind"] <= 1
         assert card[side]["identity"] is not None
     rows = [json.loads(line) for line in (eyes[1] / "data" / "train.jsonl").open()]
-    assert len([row for row in rows if "target" not in row]) == 38  # two are held out
+    assert len([row for row in rows if "target" not in row]) == 39  # two are held out
+    assert sum("data:image/png;base64," in json.dumps(row) for row in rows) == 1
     assert card["tuned"]["loss"] > 0
     assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
 
