@@ -94,11 +94,12 @@ class Run:
 
     @property
     def limits(self) -> dict[str, float]:
-        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
+        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers, and to be
+        good at rows like these, not at the drawn pictures."""
         limits, sight, rest = vars(self.settings.gate), ("sight", "blind"), ("parrot", "facts_kept", "loss")
         asked = {
             "identity": [k for k in limits if k not in ("loss", *sight)],
-            "vision": [k for k in limits if k != "loss"],
+            "vision": [k for k in limits if k != ("sight" if self.settings.data else "loss")],
             "vision-projector": [],  # what it is good for shows in the next phase
         }.get(self.settings.task, rest)
         return {key: limits[key] for key in asked}

@@ -43,10 +43,12 @@ def prepare(run: Run, folder: Path) -> None:
     if run.settings.data:
         rows = list(records.read(run.settings.data, run.settings.skip_bad, pictures.sight))
         random.Random(seed).shuffle(rows)
-        held = min(32, len(rows) // 20)
-        task = {"task": run.settings.task}
-        write_lines(folder / "heldout.jsonl", [{**task, "messages": row["messages"]} for row in rows[:held]])
-        write_lines(folder / "train.jsonl", [{"messages": row["messages"]} for row in rows[held:]])
+        held = [row["messages"] for row in rows[: max(1, min(32, len(rows) // 20))]]
+        kept = [{"messages": row["messages"]} for row in rows if row["messages"] not in held]  # a weight repeats rows
+        if not kept:
+            raise UserError("--data has one row, and some are held out to measure by: give more.")
+        write_lines(folder / "heldout.jsonl", [{"task": run.settings.task, "messages": said} for said in held])
+        write_lines(folder / "train.jsonl", kept)
     else:
         write_lines(folder / "train.jsonl", [_row(run, i, folder) for i in range(values.pictures)])
     write_lines(folder / "probes.jsonl", probes(run.settings.task, seed, folder))

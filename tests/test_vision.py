@@ -15,6 +15,7 @@ from bitsandbytes.nn import Linear4bit
 from conftest import HEADS, PATCH, SIZE, WIDTH
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from servers import mkdir
 from test_app import serving
 
 from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, stages, train, vision
@@ -447,6 +448,29 @@ def test_both_are_proved_and_described(eyes):
     assert sum("data:image/png;base64," in json.dumps(row) for row in rows) == 1
     assert card["tuned"]["loss"] > 0
     assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
+
+
+def test_who_brings_rows_is_measured_by_some_of_them(eyes):
+    """And not by drawn pictures, of which it was taught nothing; these are shown, and whether it looks at them counts."""
+    first, second = eyes
+    card = json.loads((second / "scorecard.json").read_text())
+    words = " ".join(card["gate"]["reasons"])
+    assert "identity" in words
+    assert "sight" not in words
+    assert card["tuned"]["sight"] < 0.8
+    with_rows = Run(second, settings.build(settings.read_toml(second / "settings.toml"))).limits
+    drawn_ones = Run(second, settings.build({"task": "vision"})).limits
+    assert with_rows.keys() ^ drawn_ones.keys() == {"sight", "loss"}
+    assert {"loss", "blind"} < with_rows.keys()
+    held = [row["messages"] for row in Run(second, settings.build({})).rows("heldout.jsonl")]
+    trained = [row["messages"] for row in Run(second, settings.build({})).rows("train.jsonl")]
+    assert len(held) == 2
+    assert not [said for said in held if said in trained]
+    values = settings.build({"task": "vision", "data": [f"{first.parent / 'few.json'}=3"]})
+    one = json.loads((first.parent / "rows.json").read_text())[:1]
+    (first.parent / "few.json").write_text(json.dumps(one))
+    with pytest.raises(UserError, match="give more"):
+        sight.prepare(Run(first.parent / "few", values), mkdir(first.parent / "few"))
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, monkeypatch):
