@@ -56,7 +56,9 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
             "is not published with it: publish --what model, or both."
         )
     if with_data and run.settings.task in sight.TASKS:
-        problems.found.append("--with-data sends rows, and these are about pictures, which are not sent: publish without it.")
+        problems.found.append(
+            "--with-data sends rows, and these are about pictures, which are not sent: publish without it."
+        )
     elif with_data:
         names = ("train.jsonl", "probes.jsonl")
         own |= {f"data/{name}": run.folder / "data" / name for name in names}

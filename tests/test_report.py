@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import release, report, settings
+from finetune import drawn, pictures, release, report, settings
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -122,6 +122,29 @@ def test_the_page_shows_names_as_text_and_loads_nothing(name, tmp_path):
     assert json.loads(Page(receipt).text) == {"seed": 0, "who": name}
 
 
+def test_pictures_come_with_what_was_said_before_and_after(tmp_path):
+    run = make_run(tmp_path, "小星")
+    (tmp_path / "data" / "pictures").mkdir()
+    drawn.draw(drawn.scene("x")).save(tmp_path / "data" / "pictures" / "x.png")
+    content = [{"type": "image", "image": "pictures/x.png"}, {"type": "text", "text": "What <colour>?"}]
+    entry = {"id": "see-1", "kind": "see_colour", "lang": "en", "accept": ["red"], "blind": False}
+    entry["messages"] = [{"role": "user", "content": content}]
+    card = run.read("scorecard.json")
+    for side, answer, right in (("base", "A <picture>", False), ("tuned", "no", False), ("merged", "Red", True)):
+        card[side]["answers"].append({**entry, "answer": answer, "passed": right})
+    run.write("scorecard.json", card)
+    report.write_report(run)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = page[page.index("What it sees") : page.index("Before and after")]
+    assert [Page(cell).text.strip() for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", table, re.S)] == [
+        *("", "question 问题", "before 之前", "after 之后"),
+        *("", "What <colour>?red", "A <picture>", "✓ Red"),
+    ]
+    assert ("src", pictures.to_data_url(tmp_path / "data" / "pictures" / "x.png")) in dict(Page(table).tags)[
+        "img"
+    ].items()
+
+
 def test_before_the_merged_model_is_scored_the_tuned_one_is_shown(tmp_path):
     run = make_run(tmp_path, "小星")
     card = run.read("scorecard.json")
@@ -199,6 +222,21 @@ def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
     card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, {**sent, "own_base": True})
     assert "PeftModel" not in card
     assert "it fits no other" in card
+
+
+def test_the_card_says_first_what_the_model_opens_with(tmp_path):
+    run = make_run(tmp_path, "小星")
+    parts = {"model_type": "llava", "vision_config": {"model_type": "efficientnet_lite"}}
+    run.write("model/config.json", parts)
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+    first = card.split("---\n", 2)[2].strip().splitlines()[0]
+    assert first.startswith("> **It opens with [Namesake](#how-it-was-made-训练): `import finetune.encoder` first")
+    assert (
+        "has no public address yet: ask whoever published this model for it"
+        in card.partition("## How it was made 训练")[2]
+    )
+    run.write("model/config.json", {**parts, "vision_config": {"model_type": "clip_vision_model"}})
+    assert "It opens with" not in report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
 
 
 def test_a_base_that_was_made_here_is_told_from_one_that_has_a_name(tiny_model, tmp_path):
