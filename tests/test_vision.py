@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from servers import mkdir
 from test_app import serving
 
-from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, stages, train, vision
+from finetune import checks, drawn, embedded, encoder, pictures, run, scorecard, settings, sight, stages, train, vision
 from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
@@ -476,6 +476,7 @@ def test_who_brings_rows_is_measured_by_some_of_them(eyes):
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, monkeypatch):
     first, _ = eyes
     monkeypatch.setenv("NAMESAKE_CACHE", str(first.parent / "cache"))
+    monkeypatch.setattr(sight, "ALIGN_STEPS", 20)
     again = tmp_path / "again"
     again.mkdir()
     shutil.copy(first / "settings.toml", again)
@@ -502,6 +503,35 @@ def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch, phas
     assert run.main(["publish", "--run", str(folder), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
     assert (tmp_path / "out" / models.PREPROCESSOR).is_file()
     assert run.main(["pull", "--verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_projector_of_xtuner_s_is_what_a_run_begins_with(eyes, tmp_path, monkeypatch):
+    """And goes on learning: nothing else of the phase changes, and nobody makes it anew from the captions' words."""
+    first = eyes[0]
+    cache = first.parent / "cache"
+    monkeypatch.setenv("NAMESAKE_CACHE", str(cache))
+    monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
+    monkeypatch.setattr(sight, "align", None)
+    vision.write_projector(first / "model", tmp_path / "xtuner")
+    values = settings.read_toml(first / "settings.toml")["vision"]
+    arguments = ["--task", "vision-projector", "--base", str(cache / "tiny"), "--run", str(tmp_path / "run")]
+    for key, value in {**values, "projector": tmp_path / "xtuner", "steps": 1, "pictures": 4}.items():
+        arguments += ["--set", f"vision.{key}={value}"]
+    assert run.main(arguments) == 0
+    made = Run(tmp_path / "run", settings.build(settings.read_toml(tmp_path / "run" / "settings.toml")))
+    theirs, base, trained = (vision.read_projector(f) for f in (tmp_path / "xtuner", made.base, made.folder / "model"))
+    assert all(torch.equal(theirs[name], base[name]) for name in theirs)
+    assert not any(torch.equal(base[name], trained[name]) for name in base)
+    assert all(torch.allclose(base[name], trained[name], atol=1e-3) for name in base)  # by one step
+
+
+def test_a_space_of_it_carries_what_it_sees_with(eyes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    to = ["--to", f"dir:{tmp_path / 'space'}"]
+    assert run.main(["deploy", *to, "--model", f"dir:{eyes[1] / 'model'}", "--dry-run"]) == 0
+    sent = {line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("send ")}
+    assert {f"finetune/{name}.py" for name in ("vision", "pictures", "encoder")} < sent
+    assert not {"finetune/sight.py", "finetune/train.py"} & sent
 
 
 def test_what_a_stranger_could_not_use_is_not_published(eyes, tmp_path, monkeypatch, capfd):
@@ -606,6 +636,35 @@ def test_compare_trains_what_the_task_takes(eyes, tmp_path, monkeypatch):
     found = json.loads((tmp_path / "m" / "compare.json").read_text())["methods"]
     assert [line["method"] for line in found] == ["lora", "qlora"]
     assert all(0 <= line[key] <= 1 for line in found for key in ("sight", "blind"))
+
+
+def test_who_ignores_the_picture_is_blind(tiny_model, clip_folder, tmp_path, monkeypatch):
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    model, form = models.load(tmp_path / "model"), models.chat_format(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sight, "PROBES", {"en": 2, "zh": 1})
+    probes = sight.probes("vision", 0, tmp_path)
+    assert scorecard.summarise(sight.ask(model, form, probes, tmp_path))["blind"] < 1
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.zero_()
+    assert scorecard.summarise(sight.ask(model, form, probes, tmp_path))["blind"] == 1
+
+
+def test_no_answer_brings_a_picture_along(tiny_model, clip_folder, tmp_path):
+    """A model that would say <image>, which stands for a picture where there is none, has ended its answer."""
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    model, form = models.load(tmp_path / "model"), models.chat_format(tmp_path / "model")
+    ids = form.prompt([{"role": "user", "content": "?"}])
+    with torch.inference_mode():
+        last = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()[form.control[IMAGE]] = last  # all other words get 0
+    assert complete(model, [ids], form.stop_ids, 4)[0].ids == []
+    assert (
+        form.control[IMAGE] in json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"]
+    )
+    assert models.chat_format(tiny_model).stop_ids == form.stop_ids[:-1]
 
 
 def test_a_model_that_does_not_see_says_so(tiny_model):
