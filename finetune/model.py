@@ -297,8 +297,10 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The embeddings of tokens and, where ids are beyond the vocabulary, of the pictures that the model was shown."""
     table, eyes = model.get_input_embeddings(), getattr(model, "eyes", None)
-    if eyes is None or not (seen := ids >= eyes.first).any():
+    if eyes is None:
         return table(ids)
+    if not (seen := ids >= eyes.first).any():
+        return eyes.unused(table(ids))
     return eyes.embed(table(ids.masked_fill(seen, 0)), ids)
 
 

@@ -387,6 +387,11 @@ class Eyes:
         hidden[seen] = found[of, at % self.patches].to(hidden.dtype)
         return hidden
 
+    def unused(self, hidden: Tensor) -> Tensor:
+        """The same, and gradients of zero for what is trained here: texts alone do not use it, and nothing else may be."""
+        trained = [weight for weight in self.model.model.multi_modal_projector.parameters() if weight.requires_grad]
+        return hidden + 0.0 * sum(weight.sum() for weight in trained) if torch.is_grad_enabled() else hidden
+
 
 def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: int) -> Iterator:
     """`map` by several threads, whose results are at most so many ahead of who takes them."""

@@ -625,6 +625,22 @@ def test_four_bits_are_the_language_model_s_alone(tiny_model, clip_folder, tmp_p
         assert all(sight.PROJECTOR in name or "lora_" in name for name in moved)
 
 
+def test_texts_alone_are_a_step_too(tiny_model, clip_folder, tmp_path, monkeypatch):
+    """Of the phase that trains the projector alone as well."""
+    monkeypatch.setattr(models, "has_fast_bf16", lambda: False)
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    form = models.chat_format(tmp_path / "model")
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "red"}]
+    for rank in (0, 2):
+        model = models.load_for_training(tmp_path / "model", "lora")
+        models.give_eyes(model, form)
+        network = models.add_lora(model, rank).get_base_model()
+        losses(network, [answer_example(*form.render(said))])[0].backward()
+        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        assert not any(weight.grad.any() for name, weight in trained.items() if sight.PROJECTOR in name)
+        assert any(weight.grad.any() for weight in trained.values()) == bool(rank)
+
+
 def test_compare_trains_what_the_task_takes(eyes, tmp_path, monkeypatch):
     """Not full, which both of these tasks refuse; each method in this process, which has everything imported."""
     monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
