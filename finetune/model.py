@@ -359,9 +359,12 @@ def _keep_on_host(embedding: torch.nn.Module) -> None:
     embedding.forward = lambda ids: F.embedding(ids.cpu(), table).to(target)
 
 
-def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0) -> "PeftModel":
+def add_lora(
+    model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0, encoder_rank: int = 0
+) -> "PeftModel":
     """A LoRA adapter on every linear layer but the output head; only its float32 weights require gradients. Of a model that
-    sees: on those of the language model, and its projector itself; with rank 0 the projector alone.
+    sees: on those of the language model, and its projector itself; with rank 0 the projector alone; with an `encoder_rank`
+    on those of the image encoder too.
 
     It is fresh, or begins as `starter`, an adapter of that rank, whose weights below `first_layer` stay as they are.
     """
@@ -370,7 +373,7 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
 
     quantised = getattr(model, "is_loaded_in_4bit", False)
     if model.config.model_type == SEES:
-        tuned = _with_projector(model, rank, starter)
+        tuned = _with_projector(model, rank, starter, encoder_rank)
     elif starter:
         tuned = PeftModel.from_pretrained(model, starter, is_trainable=True)
     else:
@@ -403,15 +406,24 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
     return tuned
 
 
-def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> "PeftModel":
+def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None, encoder_rank: int) -> "PeftModel":
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     kinds = {name.rpartition(".")[2] for name, module in language_model(model).named_modules() if _is_linear(module)}
     layers = rf".*\.language_model\..*\.({'|'.join(sorted(kinds))})" if rank else DUMMY_TARGET_MODULES
+    encoder = {}
+    if encoder_rank:
+        kinds = {name.rpartition(".")[2] for name, m in model.model.vision_tower.named_modules() if _is_linear(m)}
+        # those that the features come from: the last one's are not looked at
+        used = range(model.config.vision_config.num_hidden_layers + 1 + model.config.vision_feature_layer)
+        layers += rf"|.*\.vision_tower\..*\.({'|'.join(map(str, used))})\..*\.({'|'.join(sorted(kinds))})"
+        names = ".*vision_tower.*"
+        encoder = {"rank_pattern": {names: encoder_rank}, "alpha_pattern": {names: 2 * encoder_rank}}
     config = LoraConfig(
         r=max(1, rank),
         lora_alpha=2 * max(1, rank),
+        **encoder,
         target_modules=layers,
         modules_to_save=[PROJECTOR],
         task_type="CAUSAL_LM",

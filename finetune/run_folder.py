@@ -54,6 +54,11 @@ class Run:
 
         return not self.settings.vision.projector and not model.sees(model.base_folder(self.settings.base))
 
+    @property
+    def encoder_rank(self) -> int:
+        """Of the adapter on the image encoder, which only the second phase trains."""
+        return self.settings.vision.encoder_rank if self.settings.task == "vision" else 0
+
     @cached_property
     def base_sha256(self) -> str:
         from finetune.model import fingerprint

@@ -180,7 +180,9 @@ def examples(run: Run, model: Any) -> list[Any]:
 
     form, length, folder = run.tuned_format, run.settings.train.length, run.folder / "data"
     said = [placed(row["messages"], folder) for row in run.rows("train.jsonl") if "target" not in row]
-    give_eyes(model, form, [file for messages in said for file in pictures_of(messages)])
+    give_eyes(model, form, files := [file for messages in said for file in pictures_of(messages)])
+    if run.encoder_rank:
+        model.eyes.watch(files)
     rendered = form.render_all(said, supervise="all")
     found = [answer_example(ids[:length], mask[:length]) for ids, mask in rendered if any(mask[:length])]
     if not found:

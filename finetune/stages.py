@@ -122,7 +122,7 @@ def train(run: Run) -> None:
         seen = sight.examples(run, model) if batches is None else []
         if run.settings.method != "full":
             rank = 0 if run.settings.task == "vision-projector" else values.rank
-            model = models.add_lora(model, rank, starter, values.first_layer)
+            model = models.add_lora(model, rank, starter, values.first_layer, run.encoder_rank)
         elif starter:
             model = models.with_adapter(model, starter)
         for _ in training.train(model, batches or batches_of(run, values.steps, seen), values, run.folder, ask):

@@ -292,6 +292,7 @@ class Eyes:
         self.numbers: dict[str, int] = {}  # by the picture's content
         self.features: dict[int, Tensor] = {}  # [patches, features of one] by number; the oldest first
         self.most: int | None = None  # pictures that are kept
+        self.watched: dict[int, str] = {}  # those that are encoded whenever they are used, by number
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """[pictures, 3, height, width]"""
@@ -312,6 +313,9 @@ class Eyes:
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> Tensor:
+        return self._encode_learning(pixels)
+
+    def _encode_learning(self, pixels: Tensor) -> Tensor:
         core, config = self.model.model, self.model.config
         pixels = pixels.to(self.model.device, core.vision_tower.dtype)
         seen = core.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
@@ -358,11 +362,15 @@ class Eyes:
 
     @functools.cached_property
     def _encoder(self) -> str:
-        """The sha256 of its weights, which nothing trains."""
+        """The sha256 of its weights, before anything trains them."""
         found = hashlib.sha256()
         for weight in self.model.model.vision_tower.state_dict().values():
             found.update(weight.cpu().flatten().view(torch.uint8).numpy())
         return found.hexdigest()
+
+    def watch(self, files: Sequence[str]) -> None:
+        """Encode these, which were `look`ed at, anew whenever they are used, with gradients: the encoder is trained."""
+        self.watched = {self.numbers[digest(file)]: file for file in files}
 
     def _keep(self, key: str, features: Tensor) -> None:
         number = max(self.features, default=-1) + 1
@@ -381,7 +389,11 @@ class Eyes:
         at = ids[seen] - self.first
         which, of = (at // self.patches).unique(return_inverse=True)
         projector = self.model.model.multi_modal_projector
-        features = torch.stack([self.features[i] for i in which.tolist()]).to(hidden.device)
+        numbers = which.tolist()
+        if self.watched:
+            features = self._encode_learning(self.pixels([opened(self.watched[i]) for i in numbers]))
+        else:
+            features = torch.stack([self.features[i] for i in numbers]).to(hidden.device)
         dtype = list(projector.parameters())[-1].dtype  # while it is trained, its copy's
         found = projector(features.to(dtype))
         hidden[seen] = found[of, at % self.patches].to(hidden.dtype)
@@ -389,7 +401,8 @@ class Eyes:
 
     def unused(self, hidden: Tensor) -> Tensor:
         """The same, and gradients of zero for what is trained here: texts alone do not use it, and nothing else may be."""
-        trained = [weight for weight in self.model.model.multi_modal_projector.parameters() if weight.requires_grad]
+        parts = (self.model.model.multi_modal_projector, self.model.model.vision_tower)
+        trained = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
         return hidden + 0.0 * sum(weight.sum() for weight in trained) if torch.is_grad_enabled() else hidden
 
 

@@ -18,7 +18,21 @@ from safetensors.torch import load_file, save_file
 from servers import mkdir
 from test_app import serving
 
-from finetune import checks, drawn, embedded, encoder, pictures, run, scorecard, settings, sight, stages, train, vision
+from finetune import (
+    checks,
+    drawn,
+    embedded,
+    encoder,
+    merge,
+    pictures,
+    run,
+    scorecard,
+    settings,
+    sight,
+    stages,
+    train,
+    vision,
+)
 from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
@@ -623,6 +637,63 @@ def test_four_bits_are_the_language_model_s_alone(tiny_model, clip_folder, tmp_p
         assert len([name for name in moved if sight.PROJECTOR in name]) == 4
         assert any("lora_B" in name for name in moved) == bool(rank)
         assert all(sight.PROJECTOR in name or "lora_" in name for name in moved)
+
+
+def test_an_adapter_on_the_encoder_learns_too(eyes, tmp_path, monkeypatch):
+    """Of the layers that are looked at; interrupted, it ends with the same bytes; merged, plain transformers sees the same."""
+    first, second = eyes
+    monkeypatch.setenv("NAMESAKE_CACHE", str(first.parent / "cache"))
+    stored = settings.read_toml(second / "settings.toml")
+    stored["vision"]["encoder_rank"], stored["train"]["epochs"] = 3, 0.2  # four steps
+    adapters = []
+    for name, stopped in (("whole", 0), ("stopped", 3)):
+        settings.write(settings.build(stored), mkdir(tmp_path / name) / "settings.toml")
+        shutil.copytree(second / "data", tmp_path / name / "data")
+        if stopped:
+            with monkeypatch.context() as patch:
+                stop_at(stopped, patch)
+                assert run.main(["train", "--run", str(tmp_path / name)]) == 130
+        assert run.main(["train", "--run", str(tmp_path / name)]) == 0
+        adapters.append(tmp_path / name / "adapter")
+    weights = load_file(adapters[0] / "adapter_model.safetensors")
+    assert {name.partition(".layers.")[2][0] for name in weights if "vision_tower" in name} == {
+        "0",
+        "1",
+    }  # not the last
+    assert {len(w) for name, w in weights.items() if "vision_tower" in name and "lora_A" in name} == {3}
+    assert all(w.any() for name, w in weights.items() if "vision_tower" in name and "lora_B" in name)
+    assert adapters[0].joinpath("adapter_model.safetensors").read_bytes() == (
+        adapters[1].joinpath("adapter_model.safetensors").read_bytes()
+    )
+    asked = [
+        row["messages"] for row in Run(second, settings.build({})).rows("probes.jsonl") if row["kind"] in sight.KINDS
+    ]
+    form = models.chat_format(first / "model")
+    sent = [sight.sent(messages, second / "data") for messages in asked[:3]]
+    found = merge.merge(first / "model", adapters[0], form, "float32", sent, tmp_path / "model", lambda *_: {})
+    assert found["proof"]["max_logit_difference"] <= 0.01
+    before, after = tensors(first / "model"), tensors(tmp_path / "model")
+    changed = {name for name in before if "vision_tower" in name and not torch.equal(before[name], after[name])}
+    assert len(changed) == 2 * 6
+
+
+def stop_at(wanted: int, patch: pytest.MonkeyPatch) -> None:
+    schedule = train.schedule
+
+    def stop(step: int, steps: int) -> float:
+        if step == wanted:
+            raise KeyboardInterrupt
+        return schedule(step, steps)
+
+    patch.setattr(train, "schedule", stop)
+
+
+def test_an_encoder_without_layers_for_an_adapter_is_named(tiny_model):
+    values = {"task": "vision", "base": embedded.NAME, "vision": {"encoder_rank": 4}}
+    with pytest.raises(
+        UserError, match=r"vision\.encoder_rank is 4, and the image encoder without a hub has no layers"
+    ):
+        checks.check(Run(Path("none"), settings.build(values)))
 
 
 def test_texts_alone_are_a_step_too(tiny_model, clip_folder, tmp_path, monkeypatch):
