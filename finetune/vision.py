@@ -51,6 +51,7 @@ CLIP_SIZES = ("size", "crop_size", "image_mean", "image_std", "resample", "resca
 STORE_BYTES = 1_000_000_000  # of pictures that visitors have sent; the oldest are forgotten
 LOCK = threading.Lock()  # visitors' pictures come from several threads
 BATCH = 16  # pictures that are encoded together
+SHARD = 1024  # pictures whose features are one file
 PROJECTOR_NAME = re.compile(r"(?:^|\.)(?:model|mm_projector|projector|linear)[._](?:model\.)?(0|1|2)\.(weight|bias)$")
 LINEAR = {"0": "linear_1", "1": "linear_1", "2": "linear_2"}
 
@@ -331,34 +332,39 @@ class Eyes:
         return list(range(start, start + self.patches))
 
     def look(self, files: Sequence[str]) -> None:
-        """`see` many files, in batches; what they were encoded to is kept in the user's cache."""
+        """`see` many files, in batches; what they were encoded to is kept in the user's cache, SHARD of them in a file, which is
+        mapped into memory, not read."""
         keys = {digest(file): file for file in files}
-        missing = {key: file for key, file in keys.items() if key not in self.numbers}
-        if not missing:
-            return
+        missing = [(key, file) for key, file in keys.items() if key not in self.numbers]
+        room = models.free_memory() // 8 if missing and self.model.device.type == "cuda" else 0
+        for at in range(0, len(missing), SHARD):
+            some = dict(missing[at : at + SHARD])
+            features = self._shard(some)
+            if features[0].nbytes * len(missing) < room:
+                features = features.to(self.model.device)  # every step would else wait for its own
+            for key, of_one in zip(some, features, strict=True):
+                self._keep(key, of_one)
+
+    def _shard(self, files: dict[str, str]) -> Tensor:
+        """[pictures, patches, features] of files by their digests."""
         place = embedded.cache_dir() / "pictures"
         place.mkdir(parents=True, exist_ok=True)
-        name = embedded.digest_of([self._encoder, self.processor.to_dict(), list(missing)])
-        cached = place / f"{name}.safetensors"
+        cached = place / f"{embedded.digest_of([self._encoder, self.processor.to_dict(), list(files)])}.safetensors"
         with embedded.locked(cached.with_suffix(".lock"), "looking at the pictures"):
             if not cached.exists():
                 found = []
                 with (
                     ThreadPoolExecutor() as pool,
-                    tqdm(total=len(missing), desc="Looking at the pictures", unit="picture") as bar,
+                    tqdm(total=len(files), desc="Looking at the pictures", unit="picture") as bar,
                 ):
-                    pixels = ahead(pool, lambda file: self.pixels([opened(file)]), missing.values(), 4 * BATCH)
+                    pixels = ahead(pool, lambda file: self.pixels([opened(file)]), files.values(), 4 * BATCH)
                     while batch := list(itertools.islice(pixels, BATCH)):
                         found.append(self._encode(torch.cat(batch)).cpu())
                         bar.update(len(batch))
                 with models.disk_errors(cached):
                     save_file({"features": torch.cat(found)}, new := cached.with_suffix(".tmp"))
                 new.replace(cached)
-        features = load_file(cached)["features"]
-        if self.model.device.type == "cuda" and features.nbytes < models.free_memory() // 8:
-            features = features.to(self.model.device)  # every step would else wait for its own
-        for key, of_one in zip(missing, features, strict=True):
-            self._keep(key, of_one)
+        return load_file(cached)["features"]
 
     @functools.cached_property
     def _encoder(self) -> str:

@@ -639,6 +639,38 @@ def test_four_bits_are_the_language_model_s_alone(tiny_model, clip_folder, tmp_p
         assert all(sight.PROJECTOR in name or "lora_" in name for name in moved)
 
 
+def test_pictures_that_were_looked_at_are_not_looked_at_again(tiny_model, clip_folder, tmp_path, monkeypatch):
+    """After a kill as well: what a file of the cache holds is done."""
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vision, "SHARD", 2)
+    files = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, file in enumerate(files):
+        drawn.draw(drawn.scene(f"look/{i}")).save(file)
+    encode, encoded = vision.Eyes._encode, []
+
+    def counted(self: vision.Eyes, pixels: torch.Tensor) -> torch.Tensor:
+        if len(encoded) == 1:  # two pictures are done
+            encoded.append(0)
+            raise KeyboardInterrupt
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(vision.Eyes, "_encode", counted)
+    model, form = models.load(tmp_path / "model"), models.chat_format(tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        models.give_eyes(model, form, files)
+    for _ in range(2):
+        eyes = vision.Eyes(model, form.vision)
+        eyes.look(files)
+        assert encoded == [2, 0, 2, 1]
+    monkeypatch.undo()
+    one_by_one = torch.stack([eyes.encode([pictures.load(Path(file))])[0] for file in files])
+    assert torch.allclose(
+        torch.stack([eyes.features[eyes.numbers[vision.digest(f)]] for f in files]), one_by_one, atol=1e-5
+    )
+
+
 def test_an_adapter_on_the_encoder_learns_too(eyes, tmp_path, monkeypatch):
     """Of the layers that are looked at; interrupted, it ends with the same bytes; merged, plain transformers sees the same."""
     first, second = eyes
