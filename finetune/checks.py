@@ -131,7 +131,7 @@ def examine(run: Run) -> None:
     if run.settings.data:
         with problems.collect():
             if problems.found:  # the rows' own are told with these
-                for _ in records.read(run.settings.data, run.settings.skip_bad, sight.reader(run.settings.task)):
+                for _ in records.read(run.settings.data, run.settings.skip_bad, sight.reader(run.settings)):
                     pass
             else:
                 preview.examine(run)

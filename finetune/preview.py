@@ -232,7 +232,7 @@ def examine(run: Run) -> None:
     from finetune.report import write_page
 
     values, form = run.settings, run.tuned_format
-    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad, sight.reader(values.task)), values.task)
+    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad, sight.reader(values)), values.task)
     found = survey(form, rows, values.train.length)
     seen = values.task in sight.TASKS  # how long its pictures take is not tried
     lines = facts(run, found, None if seen else estimate(run, found["sample"], found["rows"], found["tokens"]))

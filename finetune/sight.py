@@ -5,6 +5,7 @@ makes of held-out drawn pictures.
 
 import copy
 import dataclasses
+import functools
 import math
 import random
 from collections import Counter
@@ -16,7 +17,7 @@ from finetune import drawn, pictures, records
 from finetune.chat_format import ChatFormat, pictures_of
 from finetune.errors import UserError
 from finetune.run_folder import Run, write_lines
-from finetune.settings import Train
+from finetune.settings import Settings, Train
 
 TASKS = ("vision-projector", "vision")
 CAPTION = {"en": "Describe the picture.", "zh": "描述图片。"}
@@ -31,9 +32,9 @@ ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 24 seconds on two cor
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 
 
-def reader(task: str) -> records.Sight | None:
+def reader(values: Settings) -> records.Sight | None:
     """What finds the pictures of a user's rows, for a task that learns from them."""
-    return pictures.sight if task in TASKS else None
+    return functools.partial(pictures.sight, fetch=values.vision.fetch) if values.task in TASKS else None
 
 
 def prepare(run: Run, folder: Path) -> None:
@@ -41,7 +42,7 @@ def prepare(run: Run, folder: Path) -> None:
     values, seed = run.settings.vision, run.settings.seed
     (folder / "pictures").mkdir()
     if run.settings.data:
-        rows = list(records.read(run.settings.data, run.settings.skip_bad, pictures.sight))
+        rows = list(records.read(run.settings.data, run.settings.skip_bad, reader(run.settings)))
         random.Random(seed).shuffle(rows)
         held = [row["messages"] for row in rows[: max(1, min(32, len(rows) // 20))]]
         kept = [{"messages": row["messages"]} for row in rows if row["messages"] not in held]  # a weight repeats rows

@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 
-from finetune import checks, drawn, pictures, records
+from finetune import checks, drawn, pictures, records, settings, sight, transfer
 from finetune.errors import UserError
 
 RED, BLUE = (200, 30, 20), (20, 40, 210)
@@ -201,6 +202,51 @@ def test_every_bad_exported_row_is_named(tmp_path):
         rows(tmp_path, *bad.values())
     for problem, words in zip(caught.value.problems, bad, strict=False):
         assert words in problem
+
+
+def test_addresses_are_fetched_where_it_is_allowed(tmp_path, world, monkeypatch):
+    """Over https alone, once, and no more than a picture has."""
+    png, asked = io.BytesIO(), []
+    two_colours().save(png, "PNG")
+    there = {
+        "good": (200, png.getvalue()),
+        "text": (200, b"no picture"),
+        "large": (200, png.getvalue() + bytes(99_000)),
+    }
+
+    def ask(method: str, url: str) -> requests.Response:
+        asked.append(url)
+        answer = requests.Response()
+        answer.status_code, data = there.get(url.rpartition("/")[2], (404, b""))
+        answer.raw, answer.reason = io.BytesIO(data), "Not Found"
+        answer.headers["Content-Length"] = str(len(data))
+        return answer
+
+    monkeypatch.setattr(transfer, "ask", ask)
+    monkeypatch.setattr(pictures, "MOST_BYTES", 90_000)
+    fetch = sight.reader(settings.build({"task": "vision", "vision": {"fetch": True}}))
+
+    def read(name: str) -> Path:
+        (tmp_path / "rows.json").write_text(json.dumps([said("<image>\na", "b", image=name)]))
+        (row,) = records.read([str(tmp_path / "rows.json")], sight=fetch)
+        return Path(row["messages"][0]["content"][0]["image"])
+
+    for _ in range(2):
+        file = read("https://example.org/good")
+        assert file.is_relative_to(world / "cache")
+        assert pictures.load(file).tobytes() == two_colours().tobytes()
+    assert asked == ["https://example.org/good"]
+    for name, words in (
+        ("https://example.org/gone", "gone is not there: HTTP 404 Not Found"),
+        ("https://example.org/text", "text is no picture that can be read"),
+        ("https://example.org/large", "large has more than 0 MB: make it smaller"),
+        ("http://example.org/good", "good is not fetched: give an https address"),
+        ("file:///etc/passwd", "passwd is not fetched: give an https address"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read(name)
+    assert len(list(file.parent.iterdir())) == 1
+    assert sight.reader(settings.build({"task": "identity"})) is None
 
 
 def test_every_bad_row_is_named(tmp_path):
