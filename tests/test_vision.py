@@ -25,6 +25,7 @@ from finetune import (
     encoder,
     merge,
     pictures,
+    preview,
     run,
     scorecard,
     settings,
@@ -485,6 +486,21 @@ def test_who_brings_rows_is_measured_by_some_of_them(eyes):
     (first.parent / "few.json").write_text(json.dumps(one))
     with pytest.raises(UserError, match="give more"):
         sight.prepare(Run(first.parent / "few", values), mkdir(first.parent / "few"))
+
+
+def test_check_reads_what_the_page_exports(eyes, tmp_path, monkeypatch, capfd):
+    """And shows a row's life with the beginning of its picture."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    monkeypatch.setattr(preview, "TRIAL_SECONDS", 0)
+    monkeypatch.chdir(tmp_path)
+    row = json.loads((eyes[0].parent / "rows.json").read_text())[-1]
+    (tmp_path / "talk.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    arguments = ["check", "--data", "talk.jsonl", "--base", str(eyes[0] / "model"), "--run", "x"]
+    assert run.main([*arguments, "--set", "train.starter=''", "--name", "小星", "--author", "书生学员"]) == 0
+    assert "OpenAI messages" in capfd.readouterr().err
+    found = (tmp_path / "x" / "check.html").read_text()
+    assert "data:image/png;base64,iVBOR" in found
+    assert row["messages"][0]["content"][0]["image_url"]["url"] not in found
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, monkeypatch):
