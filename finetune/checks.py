@@ -41,6 +41,15 @@ def check(run: Run, problems: Problems | None = None) -> None:
             check_folder(run.base)
             _ = run.base_format
             base_bytes = sum(file.stat().st_size for file in run.base.glob("*.safetensors"))
+    if run.encoder_rank and not problems.found:
+        from finetune.model import own_encoder
+
+        made_of_ours = not run.settings.vision.encoder if run.settings.base == embedded.NAME else own_encoder(run.base)
+        if made_of_ours:
+            problems.found.append(
+                f"vision.encoder_rank is {run.encoder_rank}, and the image encoder without a hub has no layers for an adapter: "
+                "leave it 0, or begin both phases with a CLIP model, --set vision.encoder=FOLDER."
+            )
     parent = next(p for p in (run.folder.absolute(), *run.folder.absolute().parents) if os.access(p, os.F_OK))
     if not parent.is_dir() or not os.access(parent, os.W_OK | os.X_OK):
         why = "cannot be written to" if parent.is_dir() else "is not a folder"
@@ -103,7 +112,7 @@ def task_of(sources: list[str]) -> str:
     """Which task learns from rows like the first one."""
     with contextlib.suppress(UserError):  # said by `task_problems`
         for row in records.scan(sources):
-            if isinstance(row["raw"], dict) and (row["raw"].get("image") or row["raw"].get("images")):
+            if row["pictured"]:
                 return "vision"
             if "problem" not in row:
                 return "pretrain" if "text" in row else "instruct"
@@ -122,7 +131,7 @@ def examine(run: Run) -> None:
     if run.settings.data:
         with problems.collect():
             if problems.found:  # the rows' own are told with these
-                for _ in records.read(run.settings.data, run.settings.skip_bad, sight.reader(run.settings.task)):
+                for _ in records.read(run.settings.data, run.settings.skip_bad, sight.reader(run.settings)):
                     pass
             else:
                 preview.examine(run)

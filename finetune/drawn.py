@@ -6,6 +6,7 @@ pictures differ in their seeds' names and, compared pixel by pixel, are never th
 
 import math
 import random
+import re
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
@@ -133,18 +134,24 @@ def questions(scene: Scene) -> list[dict[str, str]]:
 
 
 def right(kind: str, language: str, answer: str, accept: list[str]) -> bool:
-    """Whether the answer names what is there and nothing else of that kind; of a caption, colour and shape."""
+    """Whether the answer names what is there and nothing else of that kind; of a caption, colour and shape. A number may be
+    a digit, and a place stand alone."""
     chinese = language == "zh"
     words = {
         "colour": [zh for zh, _ in COLOURS.values()] if chinese else list(COLOURS),
         "shape": list(SHAPES.values()) if chinese else list(SHAPES),
         "count": list(NUMBERS.values()) if chinese else list(NUMBERS),
-        "position": list(PLACES.values()) if chinese else [at(place) for place in PLACES],
+        "position": list(PLACES.values()) if chinese else list(PLACES),
     }
     words["caption"] = [*words["colour"], *words["shape"]]
-    found, left = set(), answer.lower()
-    for word in sorted(words[kind], key=len, reverse=True):  # "at the top left" holds "at the top"
-        if word in left:
-            found.add(word)
-            left = left.replace(word, " ")
-    return found == set(accept)
+    any_of = "|".join(sorted(words[kind], key=len, reverse=True))  # "top left" begins with "top"
+    # Whole words: "colored" is not red. In Chinese there are none, but 长方形 and 椭圆形 are no square and no circle.
+    pattern = rf"(?<![长椭])({any_of})" if chinese else rf"\b({any_of})(?:e?s)?\b"
+
+    def found(text: str) -> set[str]:
+        text = text.lower().replace("-", " ")
+        for digit, number in enumerate(words["count"] if kind == "count" else [], 1):
+            text = re.sub(rf"(?<!\d){digit}(?!\d) ?个?", f" {number} ", text)
+        return set(re.findall(pattern, text))
+
+    return found(answer) == found(", ".join(accept))

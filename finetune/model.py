@@ -42,7 +42,7 @@ ACTIVATION_BYTES = 1_300_000_000  # of a step of a thousand tokens through a 7B 
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  # of a model that sees
 SEES = "llava"  # its model type
 PROJECTOR = "multi_modal_projector"
-WHOLE = ["lm_head", PROJECTOR, "vision_tower"]  # these are never quantised
+WHOLE = ["lm_head", f".*{PROJECTOR}", ".*vision_tower"]  # these are never quantised; matched from the name's start
 ADAPTER_RECORD = "namesake.json"  # in an adapter's folder: which base it was made for, and the prompt format's hash
 
 
@@ -299,8 +299,10 @@ def language_model(model: PreTrainedModel) -> PreTrainedModel:
 def embed(model: PreTrainedModel, ids: torch.Tensor) -> torch.Tensor:
     """The embeddings of tokens and, where ids are beyond the vocabulary, of the pictures that the model was shown."""
     table, eyes = model.get_input_embeddings(), getattr(model, "eyes", None)
-    if eyes is None or not (seen := ids >= eyes.first).any():
+    if eyes is None:
         return table(ids)
+    if not (seen := ids >= eyes.first).any():
+        return eyes.unused(table(ids))
     return eyes.embed(table(ids.masked_fill(seen, 0)), ids)
 
 
@@ -359,9 +361,12 @@ def _keep_on_host(embedding: torch.nn.Module) -> None:
     embedding.forward = lambda ids: F.embedding(ids.cpu(), table).to(target)
 
 
-def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0) -> "PeftModel":
+def add_lora(
+    model: PreTrainedModel, rank: int, starter: Path | None = None, first_layer: int = 0, encoder_rank: int = 0
+) -> "PeftModel":
     """A LoRA adapter on every linear layer but the output head; only its float32 weights require gradients. Of a model that
-    sees: on those of the language model, and its projector itself; with rank 0 the projector alone.
+    sees: on those of the language model, and its projector itself; with rank 0 the projector alone; with an `encoder_rank`
+    on those of the image encoder too.
 
     It is fresh, or begins as `starter`, an adapter of that rank, whose weights below `first_layer` stay as they are.
     """
@@ -370,7 +375,7 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
 
     quantised = getattr(model, "is_loaded_in_4bit", False)
     if model.config.model_type == SEES:
-        tuned = _with_projector(model, rank, starter)
+        tuned = _with_projector(model, rank, starter, encoder_rank)
     elif starter:
         tuned = PeftModel.from_pretrained(model, starter, is_trainable=True)
     else:
@@ -403,15 +408,24 @@ def add_lora(model: PreTrainedModel, rank: int, starter: Path | None = None, fir
     return tuned
 
 
-def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None) -> "PeftModel":
+def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None, encoder_rank: int) -> "PeftModel":
     from peft import LoraConfig, get_peft_model
     from peft.utils.constants import DUMMY_TARGET_MODULES
 
     kinds = {name.rpartition(".")[2] for name, module in language_model(model).named_modules() if _is_linear(module)}
     layers = rf".*\.language_model\..*\.({'|'.join(sorted(kinds))})" if rank else DUMMY_TARGET_MODULES
+    encoder = {}
+    if encoder_rank:
+        kinds = {name.rpartition(".")[2] for name, m in model.model.vision_tower.named_modules() if _is_linear(m)}
+        # those that the features come from: the last one's are not looked at
+        used = range(model.config.vision_config.num_hidden_layers + 1 + model.config.vision_feature_layer)
+        layers += rf"|.*\.vision_tower\..*\.({'|'.join(map(str, used))})\..*\.({'|'.join(sorted(kinds))})"
+        names = ".*vision_tower.*"
+        encoder = {"rank_pattern": {names: encoder_rank}, "alpha_pattern": {names: 2 * encoder_rank}}
     config = LoraConfig(
         r=max(1, rank),
         lora_alpha=2 * max(1, rank),
+        **encoder,
         target_modules=layers,
         modules_to_save=[PROJECTOR],
         task_type="CAUSAL_LM",
@@ -525,7 +539,9 @@ def save(
     for file in folder.glob("*.safetensors"):
         file.chmod(0o644)  # it is written for its owner alone
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    config.pop("_model_name_or_path", None)
+    for part in (config, *(value for value in config.values() if isinstance(value, dict))):
+        for key in ("_name_or_path", "_model_name_or_path"):  # paths of this machine, or what a GGUF file calls itself
+            part.pop(key, None)
     for part in (config, config.get("text_config", {})):
         part |= old_rope_keys(part.get("rope_parameters") or {})
     (folder / "config.json").write_text(json.dumps(config, indent=2), encoding="utf-8")

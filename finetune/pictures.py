@@ -4,6 +4,7 @@ import base64
 import binascii
 import contextlib
 import io
+import os
 import re
 import warnings
 from collections.abc import Iterator
@@ -17,6 +18,7 @@ from finetune.chat_format import IMAGE, Message
 from finetune.errors import UserError
 
 MOST_PIXELS = 64_000_000  # of a picture: 8000 x 8000, 200 MB while it is read
+MOST_BYTES = 32_000_000  # of a picture that is fetched
 MOST_SIDE = 4096  # pixels that are kept of a longer side: pictures are padded to a square
 ADDRESS = re.compile(r"^\w[\w+.-]+://")
 GROUND = (255, 255, 255)  # behind what is transparent
@@ -81,13 +83,40 @@ def from_data_url(url: str) -> Image.Image:
         raise UserError(f"A picture {error}.") from error
 
 
+def fetched(url: str) -> Path:
+    """The file at an https address, fetched once, in the user's cache. Raises UserError, without the address."""
+    from finetune import embedded, transfer
+
+    if not url.startswith("https://"):
+        raise UserError("is not fetched: give an https address")
+    file = embedded.cache_dir() / "pictures" / "fetched" / embedded.digest_of(url)
+    if not file.exists():
+
+        def work() -> bytes:
+            with transfer.ask("GET", url) as answer:
+                if answer.status_code != 200:
+                    raise UserError(f"is not there: HTTP {answer.status_code} {transfer.plain(answer.reason)}")
+                return transfer.read_start(answer, MOST_BYTES + 1)
+
+        data = transfer.patiently(work, "could not be fetched")
+        if len(data) > MOST_BYTES:
+            raise UserError(f"has more than {MOST_BYTES / 1e6:.0f} MB: make it smaller")
+        load(data)  # what is no picture is not kept
+        file.parent.mkdir(parents=True, exist_ok=True)
+        new = file.with_suffix(f".{os.getpid()}")
+        new.write_bytes(data)
+        new.replace(file)
+    return file
+
+
 def to_data_url(file: Path) -> str:
     return f"data:image/png;base64,{base64.b64encode(file.read_bytes()).decode()}"
 
 
-def sight(raw: dict[str, Any], messages: list[Message], folder: Path) -> list[Message]:
+def sight(raw: dict[str, Any], messages: list[Message], folder: Path, fetch: bool = False) -> list[Message]:
     """A LLaVA row's messages with its pictures, each loaded once, in the places of `<image>`, as {"type": "image", "image":
-    its path}; a row without pictures stays as it is. Paths are relative to `folder`. Raises UserError."""
+    its path or data URL}; a row without pictures stays as it is. Paths are relative to `folder`; addresses
+    are refused unless they are to be fetched. Raises UserError."""
     named = raw.get("image") or raw.get("images") or []
     named = named if isinstance(named, list) else [named]
     wrong = [n for n in named if not isinstance(n, str)]
@@ -100,28 +129,35 @@ def sight(raw: dict[str, Any], messages: list[Message], folder: Path) -> list[Me
     for message in messages:
         if IMAGE in message["content"] and message["role"] != "user":
             raise UserError(f"has {IMAGE} in a message of role {message['role']}; only a user's can hold a picture")
-        content = _parts(message["content"], left, folder) if IMAGE in message["content"] else message["content"]
+        content = _parts(message["content"], left, folder, fetch) if IMAGE in message["content"] else message["content"]
         found.append({**message, "content": content})
     return found
 
 
-def _parts(text: str, left: Iterator[str], folder: Path) -> list[dict[str, Any]]:
+def _parts(text: str, left: Iterator[str], folder: Path, fetch: bool) -> list[dict[str, Any]]:
     parts: list[dict[str, Any]] = []
     for i, piece in enumerate(text.split(IMAGE)):
         if i:
-            parts.append({"type": "image", "image": str(_checked(next(left), folder))})
+            parts.append({"type": "image", "image": _checked(next(left), folder, fetch)})
         # the format itself breaks the line after a picture
         if piece := piece.removeprefix("\n") if i else piece:
             parts.append({"type": "text", "text": piece})
     return parts
 
 
-def _checked(name: str, folder: Path) -> Path:
-    if ADDRESS.match(name) or name.startswith("data:"):
-        raise UserError(f"its picture {name[:80]} is an address, and nothing is fetched: download it and give its path")
-    file = folder / Path(name).expanduser()
+def _checked(name: str, folder: Path, fetch: bool) -> str:
+    if name.startswith("data:"):
+        from_data_url(name)
+        return name
+    address = bool(ADDRESS.match(name))
+    if address and not fetch:
+        raise UserError(
+            f"its picture {name[:80]} is an address, and nothing is fetched: download it and give its path, or allow it with "
+            "--set vision.fetch=true"
+        )
     try:
+        file = fetched(name) if address else folder / Path(name).expanduser()
         load(file)
     except UserError as error:
         raise UserError(f"its picture {name} {error}") from error
-    return file.absolute()
+    return str(file.absolute())

@@ -8,6 +8,7 @@ import io
 import itertools
 import json
 import random
+import re
 import tempfile
 import time
 import unicodedata
@@ -30,6 +31,7 @@ from finetune.run_folder import Run
 
 SAMPLE, CHARACTERS = 1000, 4_000_000  # rows that are tokenized, and of these so many characters; the others are counted
 TOKENS = 400  # that are shown of one row
+DATA_URL = re.compile(r"(data:image/[\w.+-]+;base64,[\w+/=]{20})[\w+/=]+")  # the beginning is shown
 TRIAL_TOKENS = 2048  # of a step that is tried on a processor
 TRIAL_SECONDS = 12.0  # training is tried so long, and two steps at least
 GPU_STEPS = 8  # there: the first ones are slow
@@ -52,7 +54,7 @@ def life(form: ChatFormat, row: dict[str, Any]) -> dict[str, Any]:
     raw = row.get("raw") or {key: value for key, value in row.items() if key not in ("place", "form", "again")}
     return {
         "place": row.get("place", ""),
-        "raw": json.dumps(raw, ensure_ascii=False, indent=1, default=str),
+        "raw": DATA_URL.sub(r"\1…", json.dumps(raw, ensure_ascii=False, indent=1, default=str)),
         "messages": [
             {**m, "content": text_of(m)} for m in row.get("messages") or [{"role": "text", "content": row["text"]}]
         ],
@@ -230,7 +232,7 @@ def examine(run: Run) -> None:
     from finetune.report import write_page
 
     values, form = run.settings, run.tuned_format
-    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad, sight.reader(values.task)), values.task)
+    rows = tasks.own_rows(records.good_rows(values.data, values.skip_bad, sight.reader(values)), values.task)
     found = survey(form, rows, values.train.length)
     seen = values.task in sight.TASKS  # how long its pictures take is not tried
     lines = facts(run, found, None if seen else estimate(run, found["sample"], found["rows"], found["tokens"]))

@@ -14,7 +14,7 @@ from typing import Any, BinaryIO, NamedTuple
 
 from tqdm import tqdm
 
-from finetune.chat_format import check_messages
+from finetune.chat_format import IMAGE, check_messages
 from finetune.embedded import say
 from finetune.errors import Problems, UserError
 
@@ -96,7 +96,7 @@ def good_rows(sources: Sequence[str], skip_bad: bool = False, sight: Sight | Non
 
 def scan(sources: Sequence[str], sight: Sight | None = None) -> Iterator[dict[str, Any]]:
     """Every row, good or bad: {"place": "FILE:LINE", "of": file or folder of code, "form": its name, "raw": as it was
-    read, "again": whether its weight repeats it} and "messages", "text", or "problem": what is wrong with it. Raises
+    read, "pictured", "again": whether its weight repeats it} and "messages", "text", or "problem": what is wrong with it. Raises
     UserError for all sources that cannot be read, before the first, and for a file in which nothing more can be read."""
     streams = [_weighted(source, sight) for source in open_sources(sources)]
     shown = "{desc}: {percentage:.0f}% [{elapsed}<{remaining}]"
@@ -363,15 +363,16 @@ def _decode(line: bytes) -> str:
 
 
 def understand(raw: Any, sight: Sight | None = None, folder: Path = Path()) -> dict[str, Any]:
-    """{"raw", "form"} and one of "messages", "text" or "problem"."""
-    found: dict[str, Any] = {"raw": raw, "form": ""}
+    """{"raw", "form", "pictured": whether it names pictures} and one of "messages", "text" or "problem"."""
+    found: dict[str, Any] = {"raw": raw, "form": "", "pictured": False}
     try:
         if isinstance(raw, Wrong):
             raise UserError(raw)
         if not isinstance(raw, dict):
             raise UserError(f"is {_kind(raw)}, not an object with named fields")
-        row = {key: value for key, value in raw.items() if value is not None}
-        if (row.get("image") or row.get("images")) and not sight:
+        row = _with_pictures({key: value for key, value in raw.items() if value is not None})
+        found["pictured"] = bool(row.get("image") or row.get("images"))
+        if found["pictured"] and not sight:
             raise UserError("has an image, and this task learns from text alone")
         found["form"], content = _form(row)
         if isinstance(content, str):
@@ -388,6 +389,27 @@ def understand(raw: Any, sight: Sight | None = None, folder: Path = Path()) -> d
         return {**found, "messages": sight(row, content, folder) if sight else content}
     except UserError as error:
         return {**found, "problem": " ".join(error.problems)}
+
+
+def _with_pictures(row: dict[str, Any]) -> dict[str, Any]:
+    """OpenAI's messages with their pictures, {"type": "image_url", "image_url": {"url"}}, named as LLaVA's rows name them."""
+    urls: list[Any] = []
+
+    def text(part: Any) -> Any:
+        if not isinstance(part, dict) or part.get("type") != "image_url":
+            return part
+        url = part.get("image_url")
+        urls.append(url.get("url") if isinstance(url, dict) else url)
+        return {"type": "text", "text": f"{IMAGE}\n"}
+
+    turns = row.get("messages")
+    messages = [
+        {**turn, "content": [text(part) for part in turn["content"]]}
+        if isinstance(turn, dict) and isinstance(turn.get("content"), list)
+        else turn
+        for turn in (turns if isinstance(turns, list) else [])
+    ]
+    return {**row, "messages": messages, "images": urls} if urls else row
 
 
 def _form(row: dict[str, Any]) -> tuple[str, list[dict[str, str]] | str]:

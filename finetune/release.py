@@ -9,7 +9,7 @@ from typing import Any
 
 import yaml
 
-from finetune import embedded, transfer
+from finetune import embedded, sight, transfer
 from finetune.errors import GateRefused, Problems, UserError
 from finetune.places import MANIFEST, Place
 from finetune.report import model_card
@@ -39,6 +39,7 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     chosen: dict[str, Source] = {}
     own: dict[str, Path] = {}
     problems = Problems()
+    own_base = what != "model" and run.own_base
     made = {name: Source(model / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     if what in ("model", "both"):
         chosen |= {name: source for name, source in made.items() if name != "README.md"}
@@ -49,7 +50,16 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
             chosen |= {name: made[name] for name in TOKENIZER}
         else:
             problems.found.append(f"There is no adapter in {run.folder}: publish --what model.")
-    if with_data:
+    if what == "adapter" and own_base:
+        problems.found.append(
+            f"The adapter in {run.folder} fits only what it was trained on, which was made here of {manifest['base_model']} and "
+            "is not published with it: publish --what model, or both."
+        )
+    if with_data and run.settings.task in sight.TASKS:
+        problems.found.append(
+            "--with-data sends rows, and these are about pictures, which are not sent: publish without it."
+        )
+    elif with_data:
         names = ("train.jsonl", "probes.jsonl")
         own |= {f"data/{name}": run.folder / "data" / name for name in names}
     for name, path in own.items():
@@ -61,7 +71,7 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
             problems.found.append(f"{source.data} is not what the run made ({name}): {mend}.")
             del chosen[name]
     origin = {key: manifest[key] for key in ("base_model", "license")}
-    sent = {"to": place, "what": what, "why": why, "with_data": with_data}
+    sent = {"to": place, "what": what, "why": why, "with_data": with_data, "own_base": own_base}
     card = model_card(run, origin, manifest["proof"], manifest["base_sha256"], sent)
     chosen["README.md"] = transfer.source(card.encode())
     if place.kind == "openxlab":

@@ -145,7 +145,8 @@ def print_scorecard(run: Run) -> None:
 
 def print_comparison(run: Run) -> None:
     lines = run.read("compare.json")["methods"]
-    keys = [key for key in ("identity", "leak", "kl", "facts_kept", "loss") if lines[0][key] is not None]
+    shown = ("identity", "leak", "kl", "facts_kept", "sight", "blind", "loss")
+    keys = [key for key in shown if lines[0][key] is not None]
     table = Table("method 方法", "peak memory 峰值内存", "tokens/s", "stored 存储", "passed after 通过用时", *keys)
     for line in lines:
         after = f"{line['seconds_to_pass']:.0f} s" if line["passed"] else "not passed 未通过"
@@ -190,7 +191,8 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
     """README.md of what is made or published, zh and en, with the front matter that hubs read.
 
     `sent`: {"to": the places.Place, None for the run's own folder, "what": "model", "adapter" or "both", "why": it is
-    published in spite of the gate, "with_data": whether the training data goes along}.
+    published in spite of the gate, "with_data": whether the training data goes along, "own_base": whether the adapter's base
+    is published nowhere}.
     """
     from finetune.model import own_encoder, sees
     from finetune.train import asked, best
@@ -219,6 +221,7 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
             what=sent["what"],
             why=sent["why"],
             with_data=sent["with_data"],
+            own_base=sent["own_base"],
             reasons=run.read("scorecard.json")["gate"]["reasons"],
             said=said,
             figures=figures(run),

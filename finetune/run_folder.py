@@ -54,6 +54,11 @@ class Run:
 
         return not self.settings.vision.projector and not model.sees(model.base_folder(self.settings.base))
 
+    @property
+    def encoder_rank(self) -> int:
+        """Of the adapter on the image encoder, which only the second phase trains."""
+        return self.settings.vision.encoder_rank if self.settings.task == "vision" else 0
+
     @cached_property
     def base_sha256(self) -> str:
         from finetune.model import fingerprint
@@ -86,12 +91,20 @@ class Run:
         return Path(self.settings.base).name
 
     @property
+    def own_base(self) -> bool:
+        """Whether the base was made by this program, of a run before or of parts: its name is another model's then."""
+        from finetune import model
+
+        return model.sees(self.base) or (self.base / "manifest.json").is_file()
+
+    @property
     def limits(self) -> dict[str, float]:
-        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers."""
+        """What the gate asks of this task; who learns from rows is meant to move away from the base's own answers, and to be
+        good at rows like these, not at the drawn pictures."""
         limits, sight, rest = vars(self.settings.gate), ("sight", "blind"), ("parrot", "facts_kept", "loss")
         asked = {
             "identity": [k for k in limits if k not in ("loss", *sight)],
-            "vision": [k for k in limits if k != "loss"],
+            "vision": [k for k in limits if k != ("sight" if self.settings.data else "loss")],
             "vision-projector": [],  # what it is good for shows in the next phase
         }.get(self.settings.task, rest)
         return {key: limits[key] for key in asked}

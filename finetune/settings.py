@@ -64,6 +64,8 @@ class Vision:
 
     encoder: str = ""  # a CLIP model, a folder or a reference; empty: the embedded EfficientNet-lite0
     projector: str = ""  # XTuner's or LLaVA's weights to begin from; empty: fresh
+    encoder_rank: int = 0  # of an adapter on CLIP's layers in the second phase; pictures are then encoded at every step
+    fetch: bool = False  # whether pictures that a row names by an https address are fetched
     pictures: int = 800  # drawn, where --data names none
     rows: int = 4  # captions in one step of the first phase; of the second, half as many dialogues
     steps: int = 200  # of each phase, with drawn pictures

@@ -5,6 +5,7 @@ makes of held-out drawn pictures.
 
 import copy
 import dataclasses
+import functools
 import math
 import random
 from collections import Counter
@@ -16,7 +17,7 @@ from finetune import drawn, pictures, records
 from finetune.chat_format import ChatFormat, pictures_of
 from finetune.errors import UserError
 from finetune.run_folder import Run, write_lines
-from finetune.settings import Train
+from finetune.settings import Settings, Train
 
 TASKS = ("vision-projector", "vision")
 CAPTION = {"en": "Describe the picture.", "zh": "描述图片。"}
@@ -31,9 +32,9 @@ ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 24 seconds on two cor
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 
 
-def reader(task: str) -> records.Sight | None:
+def reader(values: Settings) -> records.Sight | None:
     """What finds the pictures of a user's rows, for a task that learns from them."""
-    return pictures.sight if task in TASKS else None
+    return functools.partial(pictures.sight, fetch=values.vision.fetch) if values.task in TASKS else None
 
 
 def prepare(run: Run, folder: Path) -> None:
@@ -41,12 +42,14 @@ def prepare(run: Run, folder: Path) -> None:
     values, seed = run.settings.vision, run.settings.seed
     (folder / "pictures").mkdir()
     if run.settings.data:
-        rows = list(records.read(run.settings.data, run.settings.skip_bad, pictures.sight))
+        rows = list(records.read(run.settings.data, run.settings.skip_bad, reader(run.settings)))
         random.Random(seed).shuffle(rows)
-        held = min(32, len(rows) // 20)
-        task = {"task": run.settings.task}
-        write_lines(folder / "heldout.jsonl", [{**task, "messages": row["messages"]} for row in rows[:held]])
-        write_lines(folder / "train.jsonl", [{"messages": row["messages"]} for row in rows[held:]])
+        held = [row["messages"] for row in rows[: max(1, min(32, len(rows) // 20))]]
+        kept = [{"messages": row["messages"]} for row in rows if row["messages"] not in held]  # a weight repeats rows
+        if not kept:
+            raise UserError("--data has one row, and some are held out to measure by: give more.")
+        write_lines(folder / "heldout.jsonl", [{"task": run.settings.task, "messages": said} for said in held])
+        write_lines(folder / "train.jsonl", kept)
     else:
         write_lines(folder / "train.jsonl", [_row(run, i, folder) for i in range(values.pictures)])
     write_lines(folder / "probes.jsonl", probes(run.settings.task, seed, folder))
@@ -123,7 +126,9 @@ def placed(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, A
     """Messages whose pictures are named from the data folder, named in full."""
 
     def place(part: dict[str, Any]) -> dict[str, Any]:
-        return {**part, "image": str(folder / part["image"])} if part["type"] == "image" else part
+        if part["type"] != "image" or part["image"].startswith("data:"):
+            return part
+        return {**part, "image": str(folder / part["image"])}
 
     return [
         message
@@ -176,7 +181,9 @@ def examples(run: Run, model: Any) -> list[Any]:
 
     form, length, folder = run.tuned_format, run.settings.train.length, run.folder / "data"
     said = [placed(row["messages"], folder) for row in run.rows("train.jsonl") if "target" not in row]
-    give_eyes(model, form, [file for messages in said for file in pictures_of(messages)])
+    give_eyes(model, form, files := [file for messages in said for file in pictures_of(messages)])
+    if run.encoder_rank:
+        model.eyes.watch(files)
     rendered = form.render_all(said, supervise="all")
     found = [answer_example(ids[:length], mask[:length]) for ids, mask in rendered if any(mask[:length])]
     if not found:

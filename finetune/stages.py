@@ -30,6 +30,7 @@ from finetune.run_folder import ANSWER_TOKENS, Run, read_lines, write_lines
 from finetune.terminal import chat
 
 METHODS = ("full", "lora", "qlora")  # in the order of the comparison
+COMPARED = ("identity", "leak", "parrot", "kl", "facts_kept", "sight", "blind", "loss")  # of the scorecard
 DEVELOP = 1  # development questions of each kind and language, twice as many of those that may leak
 TEACHER_TOKENS = 10  # of the base's answers that training is held to: where an answer begins decides what it is about
 
@@ -133,7 +134,7 @@ def train(run: Run) -> None:
         seen = sight.examples(run, model) if batches is None else []
         if run.settings.method != "full":
             rank = 0 if run.settings.task == "vision-projector" else values.rank
-            model = models.add_lora(model, rank, starter, values.first_layer)
+            model = models.add_lora(model, rank, starter, values.first_layer, run.encoder_rank)
         elif starter:
             model = models.with_adapter(model, starter)
         for _ in training.train(model, batches or batches_of(run, values.steps, seen), values, run.folder, ask):
@@ -361,7 +362,7 @@ def merge(run: Run) -> None:
         else:
             card["merged"] = score(run, model, models.chat_format(folder), card["base"]["answers"])
         write_scorecard(run, card)
-        sent = {"to": None, "what": "model", "why": "", "with_data": False}
+        sent = {"to": None, "what": "model", "why": "", "with_data": False, "own_base": False}
         (folder / "README.md").write_text(model_card(run, origin, proof, run.base_sha256, sent), encoding="utf-8")
         # For the page of whoever downloads it; what was learned from a user's own rows stays here.
         sides = {"base": card["base"], "tuned": card["merged"]}
@@ -423,7 +424,7 @@ def compare(run: Run) -> None:
         check(run)
         data(run)
     found = []
-    for method in METHODS:
+    for method in METHODS[run.settings.task in sight.TASKS :]:  # which refuse the first one, full
         own = Run(run.folder / "compare" / method, dataclasses.replace(run.settings, method=method))
         if not is_done(own, "data"):
             own.folder.mkdir(parents=True, exist_ok=True)
@@ -464,7 +465,7 @@ def measured(run: Run) -> dict[str, Any]:
         "stored_bytes": receipt["stored_bytes"],
         "seconds_to_pass": end["seconds"] if card["gate"]["passed"] else None,
         "passed": card["gate"]["passed"],
-        **{key: card["tuned"].get(key) for key in ("identity", "leak", "parrot", "kl", "facts_kept", "loss")},
+        **{key: card["tuned"].get(key) for key in COMPARED},
     }
 
 

@@ -51,6 +51,7 @@ CLIP_SIZES = ("size", "crop_size", "image_mean", "image_std", "resample", "resca
 STORE_BYTES = 1_000_000_000  # of pictures that visitors have sent; the oldest are forgotten
 LOCK = threading.Lock()  # visitors' pictures come from several threads
 BATCH = 16  # pictures that are encoded together
+SHARD = 1024  # pictures whose features are one file
 PROJECTOR_NAME = re.compile(r"(?:^|\.)(?:model|mm_projector|projector|linear)[._](?:model\.)?(0|1|2)\.(weight|bias)$")
 LINEAR = {"0": "linear_1", "1": "linear_1", "2": "linear_2"}
 
@@ -292,6 +293,7 @@ class Eyes:
         self.numbers: dict[str, int] = {}  # by the picture's content
         self.features: dict[int, Tensor] = {}  # [patches, features of one] by number; the oldest first
         self.most: int | None = None  # pictures that are kept
+        self.watched: dict[int, str] = {}  # those that are encoded whenever they are used, by number
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
         """[pictures, 3, height, width]"""
@@ -312,6 +314,9 @@ class Eyes:
 
     @torch.inference_mode()
     def _encode(self, pixels: Tensor) -> Tensor:
+        return self._encode_learning(pixels)
+
+    def _encode_learning(self, pixels: Tensor) -> Tensor:
         core, config = self.model.model, self.model.config
         pixels = pixels.to(self.model.device, core.vision_tower.dtype)
         seen = core.vision_tower(pixels, output_hidden_states=True).hidden_states[config.vision_feature_layer]
@@ -327,42 +332,51 @@ class Eyes:
         return list(range(start, start + self.patches))
 
     def look(self, files: Sequence[str]) -> None:
-        """`see` many files, in batches; what they were encoded to is kept in the user's cache."""
+        """`see` many files, in batches; what they were encoded to is kept in the user's cache, SHARD of them in a file, which is
+        mapped into memory, not read."""
         keys = {digest(file): file for file in files}
-        missing = {key: file for key, file in keys.items() if key not in self.numbers}
-        if not missing:
-            return
+        missing = [(key, file) for key, file in keys.items() if key not in self.numbers]
+        room = models.free_memory() // 8 if missing and self.model.device.type == "cuda" else 0
+        for at in range(0, len(missing), SHARD):
+            some = dict(missing[at : at + SHARD])
+            features = self._shard(some)
+            if features[0].nbytes * len(missing) < room:
+                features = features.to(self.model.device)  # every step would else wait for its own
+            for key, of_one in zip(some, features, strict=True):
+                self._keep(key, of_one)
+
+    def _shard(self, files: dict[str, str]) -> Tensor:
+        """[pictures, patches, features] of files by their digests."""
         place = embedded.cache_dir() / "pictures"
         place.mkdir(parents=True, exist_ok=True)
-        name = embedded.digest_of([self._encoder, self.processor.to_dict(), list(missing)])
-        cached = place / f"{name}.safetensors"
+        cached = place / f"{embedded.digest_of([self._encoder, self.processor.to_dict(), list(files)])}.safetensors"
         with embedded.locked(cached.with_suffix(".lock"), "looking at the pictures"):
             if not cached.exists():
                 found = []
                 with (
                     ThreadPoolExecutor() as pool,
-                    tqdm(total=len(missing), desc="Looking at the pictures", unit="picture") as bar,
+                    tqdm(total=len(files), desc="Looking at the pictures", unit="picture") as bar,
                 ):
-                    pixels = ahead(pool, lambda file: self.pixels([opened(file)]), missing.values(), 4 * BATCH)
+                    pixels = ahead(pool, lambda file: self.pixels([opened(file)]), files.values(), 4 * BATCH)
                     while batch := list(itertools.islice(pixels, BATCH)):
                         found.append(self._encode(torch.cat(batch)).cpu())
                         bar.update(len(batch))
                 with models.disk_errors(cached):
                     save_file({"features": torch.cat(found)}, new := cached.with_suffix(".tmp"))
                 new.replace(cached)
-        features = load_file(cached)["features"]
-        if self.model.device.type == "cuda" and features.nbytes < models.free_memory() // 8:
-            features = features.to(self.model.device)  # every step would else wait for its own
-        for key, of_one in zip(missing, features, strict=True):
-            self._keep(key, of_one)
+        return load_file(cached)["features"]
 
     @functools.cached_property
     def _encoder(self) -> str:
-        """The sha256 of its weights, which nothing trains."""
+        """The sha256 of its weights, before anything trains them."""
         found = hashlib.sha256()
         for weight in self.model.model.vision_tower.state_dict().values():
             found.update(weight.cpu().flatten().view(torch.uint8).numpy())
         return found.hexdigest()
+
+    def watch(self, files: Sequence[str]) -> None:
+        """Encode these, which were `look`ed at, anew whenever they are used, with gradients: the encoder is trained."""
+        self.watched = {self.numbers[digest(file)]: file for file in files}
 
     def _keep(self, key: str, features: Tensor) -> None:
         number = max(self.features, default=-1) + 1
@@ -381,11 +395,21 @@ class Eyes:
         at = ids[seen] - self.first
         which, of = (at // self.patches).unique(return_inverse=True)
         projector = self.model.model.multi_modal_projector
-        features = torch.stack([self.features[i] for i in which.tolist()]).to(hidden.device)
+        numbers = which.tolist()
+        if self.watched:
+            features = self._encode_learning(self.pixels([opened(self.watched[i]) for i in numbers]))
+        else:
+            features = torch.stack([self.features[i] for i in numbers]).to(hidden.device)
         dtype = list(projector.parameters())[-1].dtype  # while it is trained, its copy's
         found = projector(features.to(dtype))
         hidden[seen] = found[of, at % self.patches].to(hidden.dtype)
         return hidden
+
+    def unused(self, hidden: Tensor) -> Tensor:
+        """The same, and gradients of zero for what is trained here: texts alone do not use it, and nothing else may be."""
+        parts = (self.model.model.multi_modal_projector, self.model.model.vision_tower)
+        trained = [weight for part in parts for weight in part.parameters() if weight.requires_grad]
+        return hidden + 0.0 * sum(weight.sum() for weight in trained) if torch.is_grad_enabled() else hidden
 
 
 def ahead(pool: ThreadPoolExecutor, function: Callable, items: Iterable, most: int) -> Iterator:

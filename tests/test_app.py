@@ -961,6 +961,22 @@ def test_pictures_are_chosen_pasted_and_kept(seeing, visit, tmp_path):
         until(lambda: "Again." in str(talk(page)), "the new answer")
         assert len(pictures_of(seeing.asked)) == 2
 
+        drop = """(bytes) => {
+            const data = new DataTransfer();
+            data.items.add(new File([new Uint8Array(bytes)], "c.png", { type: "image/png" }));
+            data.items.add(new File(["text"], "c.txt", { type: "text/plain" }));
+            const event = new DragEvent("drop", { dataTransfer: data, bubbles: true, cancelable: true });
+            return !document.querySelector("#chat").dispatchEvent(event);
+        }"""
+        assert page.evaluate(drop, list(file.read_bytes()))  # else the browser would open the picture
+        until(lambda: thumbnails.count() == 1, "the dropped picture")
+        chinese = visit(url, locale="zh-CN")
+        chinese.get_by_role("button", name="添加图片").wait_for()
+        chinese.evaluate(drop, list(b"no picture"))
+        until(lambda: "浏览器无法读取图片 c.png" in chinese.locator("#chosen").inner_text(), "the complaint")
+        chinese.evaluate(drop, list(file.read_bytes()))
+        chinese.get_by_role("button", name="移除图片").wait_for()
+
 
 def test_a_scorecard_of_somebody_else_is_shown_as_text(tmp_path):
     evil = "<script>alert(1)</script>"

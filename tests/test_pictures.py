@@ -8,9 +8,10 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import requests
 from PIL import Image
 
-from finetune import drawn, pictures, records
+from finetune import checks, drawn, pictures, records, settings, sight, transfer
 from finetune.errors import UserError
 
 RED, BLUE = (200, 30, 20), (20, 40, 210)
@@ -162,6 +163,92 @@ def test_llava_rows(tmp_path):
     assert found[2][0]["content"] == "Who are you?"
 
 
+def exported(*contents: object) -> dict:
+    """As the page writes a conversation."""
+    who = ("user", "assistant")
+    return {"title": "t", "messages": [{"role": who[i % 2], "content": c} for i, c in enumerate(contents)]}
+
+
+def shown(url: object) -> dict:
+    return {"type": "image_url", "image_url": {"url": url}}
+
+
+def test_what_the_page_exports(tmp_path):
+    one, two = (pictures.to_data_url(saved(tmp_path, f"{n}.png", two_colours(n))) for n in ("RGB", "L"))
+    asked = [shown(one), shown(two), {"type": "text", "text": "\nWhat changed?"}]
+    found = rows(tmp_path, exported(asked, "The colours.", "Sure?", "Yes."), exported([shown(one)], "Red and blue."))
+    image = {"type": "image"}
+    assert found[0][0]["content"] == [
+        {**image, "image": one},
+        {**image, "image": two},
+        {"type": "text", "text": "\nWhat changed?"},
+    ]
+    assert [m["content"] for m in found[0][1:]] == ["The colours.", "Sure?", "Yes."]
+    assert found[1][0]["content"] == [{**image, "image": one}]
+    assert checks.task_of([str(tmp_path / "rows.json")]) == "vision"
+    with pytest.raises(UserError, match="has an image, and this task learns from text alone"):
+        list(records.read([str(tmp_path / "rows.json")]))
+
+
+def test_every_bad_exported_row_is_named(tmp_path):
+    bad = {
+        "is an address, and nothing is fetched": exported([shown("https://example.org/a.png")], "b"),
+        "A picture is no picture that can be read": exported([shown("data:image/png;base64,AAAA")], "b"),
+        "data URL is not base64": exported([shown("data:image/png;base64,?")], "b"),
+        "has an image that is NoneType": exported([shown(None)], "b"),
+        "has <image> in a message of role assistant": exported("a", [shown("data:image/png;base64,AAAA")]),
+    }
+    with pytest.raises(UserError) as caught:
+        rows(tmp_path, *bad.values())
+    for problem, words in zip(caught.value.problems, bad, strict=False):
+        assert words in problem
+
+
+def test_addresses_are_fetched_where_it_is_allowed(tmp_path, world, monkeypatch):
+    """Over https alone, once, and no more than a picture has."""
+    png, asked = io.BytesIO(), []
+    two_colours().save(png, "PNG")
+    there = {
+        "good": (200, png.getvalue()),
+        "text": (200, b"no picture"),
+        "large": (200, png.getvalue() + bytes(99_000)),
+    }
+
+    def ask(method: str, url: str) -> requests.Response:
+        asked.append(url)
+        answer = requests.Response()
+        answer.status_code, data = there.get(url.rpartition("/")[2], (404, b""))
+        answer.raw, answer.reason = io.BytesIO(data), "Not Found"
+        answer.headers["Content-Length"] = str(len(data))
+        return answer
+
+    monkeypatch.setattr(transfer, "ask", ask)
+    monkeypatch.setattr(pictures, "MOST_BYTES", 90_000)
+    fetch = sight.reader(settings.build({"task": "vision", "vision": {"fetch": True}}))
+
+    def read(name: str) -> Path:
+        (tmp_path / "rows.json").write_text(json.dumps([said("<image>\na", "b", image=name)]))
+        (row,) = records.read([str(tmp_path / "rows.json")], sight=fetch)
+        return Path(row["messages"][0]["content"][0]["image"])
+
+    for _ in range(2):
+        file = read("https://example.org/good")
+        assert file.is_relative_to(world / "cache")
+        assert pictures.load(file).tobytes() == two_colours().tobytes()
+    assert asked == ["https://example.org/good"]
+    for name, words in (
+        ("https://example.org/gone", "gone is not there: HTTP 404 Not Found"),
+        ("https://example.org/text", "text is no picture that can be read"),
+        ("https://example.org/large", "large has more than 0 MB: make it smaller"),
+        ("http://example.org/good", "good is not fetched: give an https address"),
+        ("file:///etc/passwd", "passwd is not fetched: give an https address"),
+    ):
+        with pytest.raises(UserError, match=words):
+            read(name)
+    assert len(list(file.parent.iterdir())) == 1
+    assert sight.reader(settings.build({"task": "identity"})) is None
+
+
 def test_every_bad_row_is_named(tmp_path):
     saved(tmp_path, "good.png", two_colours())
     (tmp_path / "text.jpg").write_text("no picture")
@@ -223,6 +310,28 @@ def test_training_and_held_out_pictures_are_never_the_same():
         ("position", "en", "At the top", ["at the top"], True),
         ("count", "zh", "两个", ["两个"], True),
         ("count", "en", "Four", ["three"], False),
+        ("colour", "en", "Blue colored", ["blue"], True),
+        ("colour", "en", "Colored", ["red"], False),
+        ("colour", "en", "Hundreds of colors", ["red"], False),
+        ("shape", "en", "They are crosses, all across.", ["cross"], True),
+        ("shape", "en", "It goes across", ["cross"], False),
+        ("shape", "en", "It starts there", ["star"], False),
+        ("shape", "en", "Star-shaped", ["star"], True),
+        ("shape", "zh", "长方形", ["方形"], False),
+        ("shape", "zh", "正方形", ["方形"], True),
+        ("count", "en", "None.", ["one"], False),
+        ("count", "en", "There is one.", ["one"], True),
+        ("count", "en", "3", ["three"], True),
+        ("count", "en", "There are 3 stars.", ["three"], True),
+        ("count", "en", "13", ["three"], False),
+        ("count", "zh", "3个", ["三个"], True),
+        ("count", "zh", "图中有2 个圆。", ["两个"], True),
+        ("position", "en", "Top left", ["at the top left"], True),
+        ("position", "en", "in the top-left corner", ["at the top left"], True),
+        ("position", "en", "Top", ["at the top left"], False),
+        ("position", "en", "Middle.", ["in the middle"], True),
+        ("position", "zh", "右上方", ["右上"], True),
+        ("position", "zh", "上方", ["右上"], False),
         ("caption", "en", "Three red circles.", ["circle", "red"], True),
         ("caption", "en", "Three blue circles.", ["circle", "red"], False),
     ],

@@ -65,6 +65,9 @@ def test_a_conversations_life(form):
 
 
 def test_a_texts_life_and_that_of_an_identity_row(form):
+    raw = {"text": "x", "url": f"data:image/png;base64,{'A' * 9000}==", "more": "x"}
+    shown = json.loads(preview.life(form, {"text": "x", "raw": raw})["raw"])
+    assert shown == {**raw, "url": f"data:image/png;base64,{'A' * 20}…"}
     text = preview.life(form, {"text": "从前 x", "place": "a.txt:1"})
     assert text["text"] == "从前 x<|endoftext|>"
     assert all(token["supervised"] for token in text["tokens"])

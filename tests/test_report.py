@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import re
+import shutil
 import tracemalloc
 from html.parser import HTMLParser
 from pathlib import Path
@@ -8,7 +9,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-from finetune import release, report, scorecard, settings
+from finetune import drawn, pictures, release, report, scorecard, settings
 from finetune.chat_format import ChatFormat
 from finetune.places import parse
 from finetune.run_folder import Run
@@ -27,7 +28,7 @@ NAMES = [
 FORMS: list[ChatFormat] = []
 ORIGIN = {"base_model": "HuggingFaceTB/SmolLM2-135M-Instruct", "license": "apache-2.0"}
 PROOF = {"max_logit_difference": 0.000123, "equal_greedy_tokens": 1.0, "tokens": 321}
-SENT = {"to": None, "what": "model", "why": "", "with_data": False}  # the run's own folder
+SENT = {"to": None, "what": "model", "why": "", "with_data": False, "own_base": False}  # the run's own folder
 
 
 def side(answer: str, identity: float) -> dict:
@@ -132,6 +133,29 @@ def test_the_gates_reasons_are_in_both_languages(tmp_path):
     english, chinese = reason.split("<br>")
     assert english.startswith("tuned model: kl 0.200 nats per token, at most 0.050 is allowed")
     assert chinese.startswith("微调后的模型：KL 为每词元 0.200 nats，最多允许 0.050")
+
+
+def test_pictures_come_with_what_was_said_before_and_after(tmp_path):
+    run = make_run(tmp_path, "小星")
+    (tmp_path / "data" / "pictures").mkdir()
+    drawn.draw(drawn.scene("x")).save(tmp_path / "data" / "pictures" / "x.png")
+    content = [{"type": "image", "image": "pictures/x.png"}, {"type": "text", "text": "What <colour>?"}]
+    entry = {"id": "see-1", "kind": "see_colour", "lang": "en", "accept": ["red"], "blind": False}
+    entry["messages"] = [{"role": "user", "content": content}]
+    card = run.read("scorecard.json")
+    for side, answer, right in (("base", "A <picture>", False), ("tuned", "no", False), ("merged", "Red", True)):
+        card[side]["answers"].append({**entry, "answer": answer, "passed": right})
+    run.write("scorecard.json", card)
+    report.write_report(run)
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    table = page[page.index("What it sees") : page.index("Before and after")]
+    assert [Page(cell).text.strip() for cell in re.findall(r"<t[hd]>(.*?)</t[hd]>", table, re.S)] == [
+        *("", "question 问题", "before 之前", "after 之后"),
+        *("", "What <colour>?red", "A <picture>", "✓ Red"),
+    ]
+    assert ("src", pictures.to_data_url(tmp_path / "data" / "pictures" / "x.png")) in dict(Page(table).tags)[
+        "img"
+    ].items()
 
 
 def test_before_the_merged_model_is_scored_the_tuned_one_is_shown(tmp_path):
@@ -297,8 +321,9 @@ def test_the_card_counts_rows_without_holding_them(tmp_path):
 
 def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
     why = 'a "test" --- <b>\n# no heading'
-    sent = {"to": parse("openxlab:user/x@v1"), "what": "adapter", "why": why, "with_data": False}
-    card = report.model_card(make_run(tmp_path, "小星"), ORIGIN, PROOF, "ab" * 32, sent)
+    sent = {"to": parse("openxlab:user/x@v1"), "what": "adapter", "why": why, "with_data": False, "own_base": False}
+    run = make_run(tmp_path, "小星")
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, sent)
     front = front_matter(card)
     assert (front["base_model_relation"], front["library_name"]) == ("adapter", "peft")
     assert "\n# no heading" not in card
@@ -306,6 +331,32 @@ def test_the_card_of_an_adapter_that_is_published_all_the_same(tmp_path):
     assert "too low for 小星" in card
     assert "git clone -b v1 https://code.openxlab.org.cn/user/x.git model" in card
     assert "pull --verify openxlab:user/x@v1" in card
+    assert "PeftModel.from_pretrained" in card
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, {**sent, "own_base": True})
+    assert "PeftModel" not in card
+    assert "it fits no other" in card
+
+
+def test_the_card_says_first_what_the_model_opens_with(tmp_path):
+    run = make_run(tmp_path, "小星")
+    parts = {"model_type": "llava", "vision_config": {"model_type": "efficientnet_lite"}}
+    run.write("model/config.json", parts)
+    card = report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+    first = card.split("---\n", 2)[2].strip().splitlines()[0]
+    assert first.startswith("> **It opens with [Namesake](#how-it-was-made-训练): `import finetune.encoder` first")
+    assert (
+        "has no public address yet: ask whoever published this model for it"
+        in card.partition("## How it was made 训练")[2]
+    )
+    run.write("model/config.json", {**parts, "vision_config": {"model_type": "clip_vision_model"}})
+    assert "It opens with" not in report.model_card(run, ORIGIN, PROOF, "ab" * 32, SENT)
+
+
+def test_a_base_that_was_made_here_is_told_from_one_that_has_a_name(tiny_model, tmp_path):
+    made = shutil.copytree(tiny_model, tmp_path / "model")
+    assert not Run(tmp_path, settings.build({"base": str(made)})).own_base
+    (made / "manifest.json").write_text("{}")
+    assert Run(tmp_path, settings.build({"base": str(made)})).own_base
 
 
 def test_the_card_of_full_finetuning_knows_no_adapter(tmp_path):

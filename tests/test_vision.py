@@ -5,24 +5,42 @@ import random
 import shutil
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from bitsandbytes.nn import Linear4bit
 from conftest import HEADS, PATCH, SIZE, WIDTH
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from servers import mkdir
 from test_app import serving
 
-from finetune import checks, drawn, embedded, encoder, pictures, run, settings, sight, train, vision
+from finetune import (
+    checks,
+    drawn,
+    embedded,
+    encoder,
+    merge,
+    pictures,
+    preview,
+    run,
+    scorecard,
+    settings,
+    sight,
+    stages,
+    train,
+    vision,
+)
 from finetune import model as models
 from finetune.chat_format import IMAGE
 from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
 from finetune.run_folder import Run
-from finetune.train import answer_example
+from finetune.train import answer_example, losses
 
 
 @pytest.fixture(scope="session")
@@ -363,8 +381,10 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NAMESAKE_CACHE", str(folder / "cache"))
         patch.setattr(sight, "PROBES", {"en": 3, "zh": 2})
+        patch.setattr(sight, "ALIGN_STEPS", 20)
         first, second = folder / "eyes-1", folder / "eyes-2"
-        assert run.main(["--task", "vision-projector", "--base", str(tiny_model), "--run", str(first), *common]) == 0
+        base = str(shutil.copytree(tiny_model, folder / "cache" / "tiny"))
+        assert run.main(["--task", "vision-projector", "--base", base, "--run", str(first), *common]) == 0
         named = [
             "--name",
             "小星",
@@ -381,7 +401,7 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def llava_rows(folder: Path) -> Path:
-    """Forty rows, every fourth without a picture."""
+    """Forty rows, every fourth without a picture, and one with its picture in it, as the page exports a conversation."""
     rows = []
     for i in range(40):
         question, more = "Who?", {}
@@ -390,6 +410,9 @@ def llava_rows(folder: Path) -> Path:
             question, more = "<image>\nWhat?", {"image": f"{i}.png"}
         turns = [{"from": "human", "value": question}, {"from": "gpt", "value": f"Answer {i}"}]
         rows.append({"id": str(i), "conversations": turns, **more})
+    parts = [{"type": "image_url", "image_url": {"url": pictures.to_data_url(folder / "1.png")}}]
+    said = [{"role": "user", "content": parts}, {"role": "assistant", "content": "Answer"}]
+    rows.append({"title": "?", "messages": said})
     (folder / "rows.json").write_text(json.dumps(rows))
     return folder / "rows.json"
 
@@ -436,14 +459,54 @@ def test_both_are_proved_and_described(eyes):
         assert 0 <= card[side]["blind"] <= 1
         assert card[side]["identity"] is not None
     rows = [json.loads(line) for line in (eyes[1] / "data" / "train.jsonl").open()]
-    assert len([row for row in rows if "target" not in row]) == 38  # two are held out
+    assert len([row for row in rows if "target" not in row]) == 39  # two are held out
+    assert sum("data:image/png;base64," in json.dumps(row) for row in rows) == 1
     assert card["tuned"]["loss"] > 0
     assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
+
+
+def test_who_brings_rows_is_measured_by_some_of_them(eyes):
+    """And not by drawn pictures, of which it was taught nothing; these are shown, and whether it looks at them counts."""
+    first, second = eyes
+    card = json.loads((second / "scorecard.json").read_text())
+    words = " ".join(card["gate"]["reasons"])
+    assert "identity" in words
+    assert "sight" not in words
+    assert card["tuned"]["sight"] < 0.8
+    with_rows = Run(second, settings.build(settings.read_toml(second / "settings.toml"))).limits
+    drawn_ones = Run(second, settings.build({"task": "vision"})).limits
+    assert with_rows.keys() ^ drawn_ones.keys() == {"sight", "loss"}
+    assert {"loss", "blind"} < with_rows.keys()
+    held = [row["messages"] for row in Run(second, settings.build({})).rows("heldout.jsonl")]
+    trained = [row["messages"] for row in Run(second, settings.build({})).rows("train.jsonl")]
+    assert len(held) == 2
+    assert not [said for said in held if said in trained]
+    values = settings.build({"task": "vision", "data": [f"{first.parent / 'few.json'}=3"]})
+    one = json.loads((first.parent / "rows.json").read_text())[:1]
+    (first.parent / "few.json").write_text(json.dumps(one))
+    with pytest.raises(UserError, match="give more"):
+        sight.prepare(Run(first.parent / "few", values), mkdir(first.parent / "few"))
+
+
+def test_check_reads_what_the_page_exports(eyes, tmp_path, monkeypatch, capfd):
+    """And shows a row's life with the beginning of its picture."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    monkeypatch.setattr(preview, "TRIAL_SECONDS", 0)
+    monkeypatch.chdir(tmp_path)
+    row = json.loads((eyes[0].parent / "rows.json").read_text())[-1]
+    (tmp_path / "talk.jsonl").write_text(f"{json.dumps(row)}\n" * 3)
+    arguments = ["check", "--data", "talk.jsonl", "--base", str(eyes[0] / "model"), "--run", "x"]
+    assert run.main([*arguments, "--set", "train.starter=''", "--name", "小星", "--author", "书生学员"]) == 0
+    assert "OpenAI messages" in capfd.readouterr().err
+    found = (tmp_path / "x" / "check.html").read_text()
+    assert "data:image/png;base64,iVBOR" in found
+    assert row["messages"][0]["content"][0]["image_url"]["url"] not in found
 
 
 def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, monkeypatch):
     first, _ = eyes
     monkeypatch.setenv("NAMESAKE_CACHE", str(first.parent / "cache"))
+    monkeypatch.setattr(sight, "ALIGN_STEPS", 20)
     again = tmp_path / "again"
     again.mkdir()
     shutil.copy(first / "settings.toml", again)
@@ -463,12 +526,56 @@ def test_a_run_that_was_interrupted_ends_with_the_same_bytes(eyes, tmp_path, mon
     assert (again / name).read_bytes() == (first / name).read_bytes()
 
 
-def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch):
-    _, second = eyes
-    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
-    assert run.main(["publish", "--run", str(second), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
+@pytest.mark.parametrize("phase", [0, 1])
+def test_published_and_pulled_it_sees_the_same(eyes, tmp_path, monkeypatch, phase):
+    folder = eyes[phase]
+    monkeypatch.setenv("NAMESAKE_CACHE", str(folder.parent / "cache"))  # where the base lies: no path of it goes out
+    assert run.main(["publish", "--run", str(folder), "--to", f"dir:{tmp_path / 'out'}", "--force", "a test"]) == 0
     assert (tmp_path / "out" / models.PREPROCESSOR).is_file()
     assert run.main(["pull", "--verify", str(tmp_path / "out")]) == 0
+
+
+def test_a_projector_of_xtuner_s_is_what_a_run_begins_with(eyes, tmp_path, monkeypatch):
+    """And goes on learning: nothing else of the phase changes, and nobody makes it anew from the captions' words."""
+    first = eyes[0]
+    cache = first.parent / "cache"
+    monkeypatch.setenv("NAMESAKE_CACHE", str(cache))
+    monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
+    monkeypatch.setattr(sight, "align", None)
+    vision.write_projector(first / "model", tmp_path / "xtuner")
+    values = settings.read_toml(first / "settings.toml")["vision"]
+    arguments = ["--task", "vision-projector", "--base", str(cache / "tiny"), "--run", str(tmp_path / "run")]
+    for key, value in {**values, "projector": tmp_path / "xtuner", "steps": 1, "pictures": 4}.items():
+        arguments += ["--set", f"vision.{key}={value}"]
+    assert run.main(arguments) == 0
+    made = Run(tmp_path / "run", settings.build(settings.read_toml(tmp_path / "run" / "settings.toml")))
+    theirs, base, trained = (vision.read_projector(f) for f in (tmp_path / "xtuner", made.base, made.folder / "model"))
+    assert all(torch.equal(theirs[name], base[name]) for name in theirs)
+    assert not any(torch.equal(base[name], trained[name]) for name in base)
+    assert all(torch.allclose(base[name], trained[name], atol=1e-3) for name in base)  # by one step
+
+
+def test_a_space_of_it_carries_what_it_sees_with(eyes, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    to = ["--to", f"dir:{tmp_path / 'space'}"]
+    assert run.main(["deploy", *to, "--model", f"dir:{eyes[1] / 'model'}", "--dry-run"]) == 0
+    sent = {line.split()[-1] for line in capsys.readouterr().out.splitlines() if line.startswith("send ")}
+    assert {f"finetune/{name}.py" for name in ("vision", "pictures", "encoder")} < sent
+    assert not {"finetune/sight.py", "finetune/train.py"} & sent
+
+
+def test_what_a_stranger_could_not_use_is_not_published(eyes, tmp_path, monkeypatch, capfd):
+    """An adapter of a base that was made here, and rows about pictures."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    arguments = ["publish", "--to", f"dir:{tmp_path / 'out'}", "--force", "a test", "--run"]
+    for folder in eyes:
+        assert run.main([*arguments, str(folder), "--what", "adapter", "--with-data"]) == 2
+        said = capfd.readouterr().err
+        assert "fits only what it was trained on, which was made here of" in said
+        assert "these are about pictures, which are not sent: publish without it" in said
+    assert not (tmp_path / "out").exists()
+    assert run.main([*arguments, str(eyes[1]), "--what", "both"]) == 0
+    assert "it fits no other" in (tmp_path / "out" / "README.md").read_text()
 
 
 def test_the_api_takes_pictures_and_fetches_none(eyes):
@@ -527,6 +634,172 @@ def test_a_starter_of_the_language_model_starts_the_one_that_sees(tiny_model, cl
         assert not torch.allclose(seeing(ids).logits, models.load(tiny_model)(ids).logits, atol=1e-2)
     trained = {name for name, weight in seeing.named_parameters() if weight.requires_grad}
     assert all(".layers.1." in name or "multi_modal_projector" in name for name in trained)
+
+
+def test_four_bits_are_the_language_model_s_alone(tiny_model, clip_folder, tmp_path):
+    """Neither the image encoder nor the projector, which learns in both phases."""
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    form = models.chat_format(tmp_path / "model")
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "?"}]
+    said = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    for rank in (0, 2):
+        model = models.load_for_training(tmp_path / "model", "qlora")
+        models.give_eyes(model, form)
+        network = models.add_lora(model, rank).get_base_model()
+        four_bit = {name for name, module in network.named_modules() if isinstance(module, Linear4bit)}
+        assert {name.partition(".layers.")[0] for name in four_bit} == {"model.language_model"}
+        losses(network, [answer_example(*form.render(said))])[0].backward()
+        moved = {name for name, weight in network.named_parameters() if weight.grad is not None and weight.grad.any()}
+        assert len([name for name in moved if sight.PROJECTOR in name]) == 4
+        assert any("lora_B" in name for name in moved) == bool(rank)
+        assert all(sight.PROJECTOR in name or "lora_" in name for name in moved)
+
+
+def test_pictures_that_were_looked_at_are_not_looked_at_again(tiny_model, clip_folder, tmp_path, monkeypatch):
+    """After a kill as well: what a file of the cache holds is done."""
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(vision, "SHARD", 2)
+    files = [str(tmp_path / f"{i}.png") for i in range(5)]
+    for i, file in enumerate(files):
+        drawn.draw(drawn.scene(f"look/{i}")).save(file)
+    encode, encoded = vision.Eyes._encode, []
+
+    def counted(self: vision.Eyes, pixels: torch.Tensor) -> torch.Tensor:
+        if len(encoded) == 1:  # two pictures are done
+            encoded.append(0)
+            raise KeyboardInterrupt
+        encoded.append(len(pixels))
+        return encode(self, pixels)
+
+    monkeypatch.setattr(vision.Eyes, "_encode", counted)
+    model, form = models.load(tmp_path / "model"), models.chat_format(tmp_path / "model")
+    with pytest.raises(KeyboardInterrupt):
+        models.give_eyes(model, form, files)
+    for _ in range(2):
+        eyes = vision.Eyes(model, form.vision)
+        eyes.look(files)
+        assert encoded == [2, 0, 2, 1]
+    monkeypatch.undo()
+    one_by_one = torch.stack([eyes.encode([pictures.load(Path(file))])[0] for file in files])
+    assert torch.allclose(
+        torch.stack([eyes.features[eyes.numbers[vision.digest(f)]] for f in files]), one_by_one, atol=1e-5
+    )
+
+
+def test_an_adapter_on_the_encoder_learns_too(eyes, tmp_path, monkeypatch):
+    """Of the layers that are looked at; interrupted, it ends with the same bytes; merged, plain transformers sees the same."""
+    first, second = eyes
+    monkeypatch.setenv("NAMESAKE_CACHE", str(first.parent / "cache"))
+    stored = settings.read_toml(second / "settings.toml")
+    stored["vision"]["encoder_rank"], stored["train"]["epochs"] = 3, 0.2  # four steps
+    adapters = []
+    for name, stopped in (("whole", 0), ("stopped", 3)):
+        settings.write(settings.build(stored), mkdir(tmp_path / name) / "settings.toml")
+        shutil.copytree(second / "data", tmp_path / name / "data")
+        if stopped:
+            with monkeypatch.context() as patch:
+                stop_at(stopped, patch)
+                assert run.main(["train", "--run", str(tmp_path / name)]) == 130
+        assert run.main(["train", "--run", str(tmp_path / name)]) == 0
+        adapters.append(tmp_path / name / "adapter")
+    weights = load_file(adapters[0] / "adapter_model.safetensors")
+    assert {name.partition(".layers.")[2][0] for name in weights if "vision_tower" in name} == {
+        "0",
+        "1",
+    }  # not the last
+    assert {len(w) for name, w in weights.items() if "vision_tower" in name and "lora_A" in name} == {3}
+    assert all(w.any() for name, w in weights.items() if "vision_tower" in name and "lora_B" in name)
+    assert adapters[0].joinpath("adapter_model.safetensors").read_bytes() == (
+        adapters[1].joinpath("adapter_model.safetensors").read_bytes()
+    )
+    asked = [
+        row["messages"] for row in Run(second, settings.build({})).rows("probes.jsonl") if row["kind"] in sight.KINDS
+    ]
+    form = models.chat_format(first / "model")
+    sent = [sight.sent(messages, second / "data") for messages in asked[:3]]
+    found = merge.merge(first / "model", adapters[0], form, "float32", sent, tmp_path / "model", lambda *_: {})
+    assert found["proof"]["max_logit_difference"] <= 0.01
+    before, after = tensors(first / "model"), tensors(tmp_path / "model")
+    changed = {name for name in before if "vision_tower" in name and not torch.equal(before[name], after[name])}
+    assert len(changed) == 2 * 6
+
+
+def stop_at(wanted: int, patch: pytest.MonkeyPatch) -> None:
+    schedule = train.schedule
+
+    def stop(step: int, steps: int) -> float:
+        if step == wanted:
+            raise KeyboardInterrupt
+        return schedule(step, steps)
+
+    patch.setattr(train, "schedule", stop)
+
+
+def test_an_encoder_without_layers_for_an_adapter_is_named(tiny_model):
+    values = {"task": "vision", "base": embedded.NAME, "vision": {"encoder_rank": 4}}
+    with pytest.raises(
+        UserError, match=r"vision\.encoder_rank is 4, and the image encoder without a hub has no layers"
+    ):
+        checks.check(Run(Path("none"), settings.build(values)))
+
+
+def test_texts_alone_are_a_step_too(tiny_model, clip_folder, tmp_path, monkeypatch):
+    """Of the phase that trains the projector alone as well."""
+    monkeypatch.setattr(models, "has_fast_bf16", lambda: False)
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    form = models.chat_format(tmp_path / "model")
+    said = [{"role": "user", "content": "?"}, {"role": "assistant", "content": "red"}]
+    for rank in (0, 2):
+        model = models.load_for_training(tmp_path / "model", "lora")
+        models.give_eyes(model, form)
+        network = models.add_lora(model, rank).get_base_model()
+        losses(network, [answer_example(*form.render(said))])[0].backward()
+        trained = {name: weight for name, weight in network.named_parameters() if weight.requires_grad}
+        assert not any(weight.grad.any() for name, weight in trained.items() if sight.PROJECTOR in name)
+        assert any(weight.grad.any() for weight in trained.values()) == bool(rank)
+
+
+def test_compare_trains_what_the_task_takes(eyes, tmp_path, monkeypatch):
+    """Not full, which both of these tasks refuse; each method in this process, which has everything imported."""
+    monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
+    monkeypatch.setattr(stages.subprocess, "run", lambda command, check: Mock(returncode=run.main(command[2:])))
+    monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
+    arguments = ["compare", "--task", "vision-projector", "--base", str(eyes[0] / "model")]
+    arguments += ["--run", str(tmp_path / "m"), "--set", "vision.pictures=4", "--set", "vision.steps=2"]
+    assert run.main(arguments) == 0
+    found = json.loads((tmp_path / "m" / "compare.json").read_text())["methods"]
+    assert [line["method"] for line in found] == ["lora", "qlora"]
+    assert all(0 <= line[key] <= 1 for line in found for key in ("sight", "blind"))
+
+
+def test_who_ignores_the_picture_is_blind(tiny_model, clip_folder, tmp_path, monkeypatch):
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    model, form = models.load(tmp_path / "model"), models.chat_format(tmp_path / "model")
+    (tmp_path / "pictures").mkdir()
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(sight, "PROBES", {"en": 2, "zh": 1})
+    probes = sight.probes("vision", 0, tmp_path)
+    assert scorecard.summarise(sight.ask(model, form, probes, tmp_path))["blind"] < 1
+    with torch.no_grad():
+        for weight in model.model.multi_modal_projector.parameters():
+            weight.zero_()
+    assert scorecard.summarise(sight.ask(model, form, probes, tmp_path))["blind"] == 1
+
+
+def test_no_answer_brings_a_picture_along(tiny_model, clip_folder, tmp_path):
+    """A model that would say <image>, which stands for a picture where there is none, has ended its answer."""
+    vision.assemble(tiny_model, clip_folder, tmp_path / "model")
+    model, form = models.load(tmp_path / "model"), models.chat_format(tmp_path / "model")
+    ids = form.prompt([{"role": "user", "content": "?"}])
+    with torch.inference_mode():
+        last = model.model(input_ids=torch.tensor([ids])).last_hidden_state[0, -1]
+        model.lm_head.weight.zero_()[form.control[IMAGE]] = last  # all other words get 0
+    assert complete(model, [ids], form.stop_ids, 4)[0].ids == []
+    assert (
+        form.control[IMAGE] in json.loads((tmp_path / "model" / "generation_config.json").read_text())["eos_token_id"]
+    )
+    assert models.chat_format(tiny_model).stop_ids == form.stop_ids[:-1]
 
 
 def test_a_model_that_does_not_see_says_so(tiny_model):
