@@ -218,13 +218,14 @@ def align(model: Any, examples: Sequence[Any], seed: int) -> None:
     rare = {word: -math.log(count / len(said)) for word, count in often.items()}  # what all captions say says nothing
     kept = sorted(often, key=lambda word: (-often[word] * rare[word], word))[:ALIGN_WORDS]
     at = {word: i for i, word in enumerate(kept)}
-    words, weights = table[kept].float(), torch.tensor([rare[word] for word in kept], device=table.device)
+    device = model.device  # the table may lie on the host
+    words, weights = table[kept].float().to(device), torch.tensor([rare[word] for word in kept], device=device)
     count = min(ALIGN_PICTURES, max(1, LOGITS // (eyes.patches * len(kept))), len(said))
     optimizer = torch.optim.AdamW(projector.parameters(), lr=ALIGN_RATE, weight_decay=0.0)
     source = random.Random(seed)
     for step in tqdm(range(1, ALIGN_STEPS + 1), desc="Words for the projector", unit="step"):
         chosen = source.sample(said, count)
-        features = torch.stack([eyes.features[number] for number, _ in chosen]).to(table.device)
+        features = torch.stack([eyes.features[number] for number, _ in chosen]).to(device)
         found = projector(features.float())
         found = found * size / found.square().mean(-1, keepdim=True).sqrt()  # as large as words, whatever it is
         mean = (found @ words.T).log_softmax(-1).logsumexp(1) - math.log(eyes.patches)  # [pictures, words]
@@ -237,7 +238,7 @@ def align(model: Any, examples: Sequence[Any], seed: int) -> None:
         (-(wanted * mean).sum() / wanted.sum().clamp_min(1e-6)).backward()
         optimizer.step()
         optimizer.zero_grad()
-    some = torch.stack([eyes.features[number] for number, _ in said[:ALIGN_PICTURES]]).to(table.device)
+    some = torch.stack([eyes.features[number] for number, _ in said[:ALIGN_PICTURES]]).to(device)
     as_large_as_words(projector, some.float(), size)
     model.model.multi_modal_projector.load_state_dict(projector.state_dict())
 
