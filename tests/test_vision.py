@@ -543,9 +543,9 @@ def test_a_projector_of_xtuner_s_is_what_a_run_begins_with(eyes, tmp_path, monke
     monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
     monkeypatch.setattr(sight, "align", None)
     vision.write_projector(first / "model", tmp_path / "xtuner")
-    values = settings.read_toml(first / "settings.toml")["vision"]
     arguments = ["--task", "vision-projector", "--base", str(cache / "tiny"), "--run", str(tmp_path / "run")]
-    for key, value in {**values, "projector": tmp_path / "xtuner", "steps": 1, "pictures": 4}.items():
+    encoder = settings.read_toml(first / "settings.toml")["vision"]["encoder"]
+    for key, value in {"encoder": encoder, "projector": tmp_path / "xtuner", "steps": 1, "pictures": 4}.items():
         arguments += ["--set", f"vision.{key}={value}"]
     assert run.main(arguments) == 0
     made = Run(tmp_path / "run", settings.build(settings.read_toml(tmp_path / "run" / "settings.toml")))
