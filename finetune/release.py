@@ -39,7 +39,7 @@ def files(run: Run, place: Place, what: str, why: str = "", with_data: bool = Fa
     chosen: dict[str, Source] = {}
     own: dict[str, Path] = {}
     problems = Problems()
-    own_base = what != "model" and run.own_base
+    own_base = what != "model" and manifest.get("own_base", False)
     made = {name: Source(model / name, entry["size"], entry["sha256"]) for name, entry in manifest["files"].items()}
     if what in ("model", "both"):
         chosen |= {name: source for name, source in made.items() if name != "README.md"}

@@ -379,6 +379,7 @@ def merge(run: Run) -> None:
             shutil.copy(picture, folder)
         adapter = run.read("receipt.json").get("adapter_sha256")
         made = {
+            "own_base": run.own_base,
             "base_sha256": run.base_sha256,
             "base_system": run.base_format.default_system,
             "adapter_sha256": adapter,

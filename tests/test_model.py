@@ -509,7 +509,7 @@ def test_a_local_folders_path_is_not_told(folder, monkeypatch):
 
 
 def test_the_default_has_a_short_name(monkeypatch, tmp_path):
-    monkeypatch.setattr(embedded, "folder", lambda: Path("made here"))
+    monkeypatch.setattr(embedded, "folder", lambda progress=None: Path("made here"))
     assert model.base_folder("smollm2-135m-instruct") == Path("made here")
     assert model.base_folder(str(tmp_path)) == tmp_path
 

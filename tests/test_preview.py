@@ -120,6 +120,13 @@ def test_of_many_rows_a_sample_is_tokenized(form, monkeypatch):
 # ------------------------------------------------------------------------------------------------------- estimate
 
 
+def forget_the_peak() -> None:
+    """Of the memory that this process held, in whatever it did before."""
+    gc.collect()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
 @pytest.mark.parametrize("task", ["instruct", "pretrain"])
 def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     """All but the speed, which other programs share: tests/bench/estimate.py times. Here every look at the clock is a tick."""
@@ -133,20 +140,16 @@ def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     train = {"starter": "", "rank": 4, "epochs": 1.0, "length": 512, "tokens": 1024}
     values = settings.build({"base": str(tiny_model), "task": task, "data": [str(file)], "train": train})
     first, made = (stages.Run(tmp_path / name, values) for name in ("first", "run"))
-    for stage in (
-        "data",
-        "train",
-    ):  # the first training in a process loads what stays: both sides are measured after it
+    for stage in ("data", "train"):  # the first training in a process loads what stays: both are measured after it
         stages.perform(first, stage)
     found = preview.survey(made.tuned_format, records.good_rows(values.data), 512)
+    forget_the_peak()
     with monkeypatch.context() as clock:
         ticks = itertools.count()
         clock.setattr(time, "perf_counter", lambda: next(ticks) / 40)
         expected = preview.estimate(made, found["sample"], found["rows"], found["tokens"])
     stages.perform(made, "data")
-    gc.collect()
-    with contextlib.suppress(OSError):  # the peak of the estimate, and of what this process did before, is forgotten
-        Path("/proc/self/clear_refs").write_text("5")
+    forget_the_peak()
     stages.perform(made, "train")
     last = json.loads((made.folder / "metrics.jsonl").read_text().splitlines()[-1])
     assert expected["seconds"] * expected["tokens_per_s"] == pytest.approx(last["tokens"], rel=0.25)
