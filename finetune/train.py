@@ -335,7 +335,7 @@ def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
 
     for enough in (ENOUGH_TOKENS, 1):
         if enough == 1:
-            core.gradient_checkpointing_enable({"use_reentrant": False})
+            compute_again(core)
         with contextlib.suppress(torch.OutOfMemoryError):
             few, many = peak(TRIAL_TOKENS), peak(2 * TRIAL_TOKENS)
             per_token = (many - few) / TRIAL_TOKENS
@@ -349,6 +349,12 @@ def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
         f"The GPU has {free_memory() / 1e9:.1f} GB free beside the model, too little to train it: close other programs, choose "
         "a smaller --base, or train with --method qlora."
     )
+
+
+def compute_again(core: PreTrainedModel) -> None:
+    """Layers keep their inputs alone for the backward pass, which is no longer within `losses` and its attention."""
+    contexts = lambda: (contextlib.nullcontext(), packed_attention(language_model(core)))  # noqa: E731
+    core.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
 def behaviour(

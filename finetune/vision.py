@@ -402,8 +402,7 @@ class Eyes:
             features = torch.stack([self.features[i] for i in numbers]).to(hidden.device)
         dtype = list(projector.parameters())[-1].dtype  # while it is trained, its copy's
         found = projector(features.to(dtype))
-        hidden[seen] = found[of, at % self.patches].to(hidden.dtype)
-        return hidden
+        return hidden.index_put((seen,), found[of, at % self.patches].to(hidden.dtype))
 
     def unused(self, hidden: Tensor) -> Tensor:
         """The same, and gradients of zero for what is trained here: texts alone do not use it, and nothing else may be."""

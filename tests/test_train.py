@@ -502,6 +502,18 @@ def test_two_processes_that_share_the_weights(tiny_model, tmp_path, alone):
         torch.testing.assert_close(saved(tmp_path)[name], weight, rtol=1e-3, atol=2e-3)
 
 
+def test_layers_that_are_computed_again_change_nothing(tiny_model, batch):
+    found = []
+    for again in (False, True):
+        network = load(tiny_model).train()
+        if again:
+            training.compute_again(network)
+        ce, kl = losses(network, batch)
+        (ce + 2 * kl).backward()
+        found.append({name: p.grad for name, p in network.named_parameters()})
+    assert same(*found)
+
+
 def test_every_process_does_as_many_passes():
     pieces = [[of_length(n)] for n in (3, 4, 5)]
     shares = [list(training.own_share(pieces, SimpleNamespace(num_processes=2, process_index=rank))) for rank in (0, 1)]

@@ -214,6 +214,24 @@ def test_a_gpu_s_memory_is_tried_out_with_pictures(seeing_internlm2, monkeypatch
     assert all(weight.grad is None for weight in weights)
 
 
+def test_layers_that_are_computed_again_see_too(seeing_internlm2, monkeypatch):
+    monkeypatch.setattr(models, "has_fast_bf16", lambda: False)
+    content = [{"type": "image", "image": picture()}, {"type": "text", "text": "?"}]
+    said = [{"role": "user", "content": content}, {"role": "assistant", "content": "red"}]
+    found = []
+    for again in (False, True):
+        model, form = models.load(seeing_internlm2), models.chat_format(seeing_internlm2)
+        models.give_eyes(model, form)
+        torch.manual_seed(0)
+        network = models.add_lora(model, 2).get_base_model().train()
+        if again:
+            train.compute_again(network)
+        losses(network, [answer_example(*form.render(said))])[0].backward()
+        found.append({name: weight.grad for name, weight in network.named_parameters() if weight.requires_grad})
+    assert any(grad.any() for name, grad in found[0].items() if sight.PROJECTOR in name)
+    assert all(torch.equal(grad, found[1][name]) for name, grad in found[0].items())
+
+
 def test_a_fresh_projector_learns_to_say_the_captions_words(seeing_internlm2):
     """Of two kinds of pictures, whose captions differ in one word, new ones are told apart by what the projector makes of
     them, compared with the two words; and that is as large as words are."""
