@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from accelerate import PartialState
 from peft import PeftModel
 from safetensors import safe_open
@@ -19,11 +20,17 @@ from finetune.chat_format import ChatFormat
 from finetune.model import PROJECTOR, save
 
 STATE = "state.safetensors"  # in the folder checkpoint/
+MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
 
 
 def save_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
     tensors = {f"weight.{name}": whole(weight) for name, weight in weights.items()}
     for name, weight in weights.items():
+        if zero_parts(optimizer):
+            from deepspeed.utils import safe_get_full_optimizer_state
+
+            tensors |= {f"{kind}.{name}": safe_get_full_optimizer_state(weight, kind) for kind in MOMENTS}
+            continue
         for key, value in optimizer.state[weight].items():
             if key != "step":
                 tensors[f"{key}.{name}"] = whole(value).clone() if key.startswith("qmap") else whole(value)  # shared
@@ -39,39 +46,72 @@ def save_whole(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """Of FSDP's processes each holds a part; all must call this."""
+    """Of FSDP's and ZeRO-3's processes each holds a part; all must call this."""
+    if hasattr(tensor, "ds_id"):
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([tensor]):
+            return tensor.detach().clone()
     tensor = tensor.detach()
     return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
 
 
 def part_of(tensor: Tensor, like: Tensor) -> Tensor:
     """The other way round: of a whole tensor what this process holds."""
-    if not isinstance(like, DTensor):
-        return tensor.to(like.device)
-    return distribute_tensor(tensor.to(like.device), like.device_mesh, like.placements)
+    tensor = tensor.to(like.device)
+    if hasattr(like, "ds_id"):  # ZeRO-3: laid out flat, in equal parts, the last one filled up
+        size, state = like.ds_tensor.numel(), PartialState()
+        flat = F.pad(tensor.flatten(), (0, size * state.num_processes - tensor.numel()))
+        return flat.split(size)[state.process_index]
+    return distribute_tensor(tensor, like.device_mesh, like.placements) if isinstance(like, DTensor) else tensor
 
 
-def load_checkpoint(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer) -> int:
-    """Restore the last checkpoint, if there is one. Returns the number of steps done."""
+def zero_parts(optimizer: torch.optim.Optimizer) -> list[Tensor]:
+    """What DeepSpeed's optimizers step on: of all weights, laid end to end, this process's part. Of others nothing."""
+    zero = optimizer.optimizer
+    return getattr(zero, "fp32_partitioned_groups_flat", getattr(zero, "single_partition_of_fp32_groups", []))
+
+
+def load_weights(folder: Path, weights: dict[str, Tensor]) -> int:
+    """From the last checkpoint, if there is one, before they are spread over processes. Returns the number of steps done."""
     file = folder / STATE
     if not file.exists():
         return 0
     with safe_open(file, "pt") as saved, torch.no_grad():
-        step = int(saved.metadata()["step"])
-        adamw = isinstance(optimizer.optimizer, torch.optim.AdamW)
+        for name, weight in weights.items():
+            weight.copy_(saved.get_tensor(f"weight.{name}"))
+        return int(saved.metadata()["step"])
+
+
+def load_moments(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:
+    """From the same checkpoint, where `step` is not 0, for the weights that `accelerator.prepare` has spread."""
+    adamw, parts = isinstance(optimizer.optimizer, torch.optim.AdamW), zero_parts(optimizer)
+    for part in parts:
+        zeros = {kind: torch.zeros_like(part) for kind in MOMENTS}
+        optimizer.state[part] = {"step": torch.tensor(float(step)), **zeros}
+    if hasattr(optimizer.optimizer, "_lazy_init_hp_params_optimizer_state"):
+        # ZeRO-2 notes which moments are a weight's; by itself it would after the first group's first step, missing others
+        optimizer.optimizer._lazy_init_hp_params_optimizer_state()
+    if not step:
+        return
+    if not parts:
         for weight in weights.values():
             optimizer.state[weight] = {"step": torch.tensor(float(step)) if adamw else step}
+    with safe_open(folder / STATE, "pt") as saved:
         for key in saved.keys():  # noqa: SIM118 - safetensors has no other way
             kind, _, name = key.partition(".")
-            value = saved.get_tensor(key)
             if kind == "weight":
-                weights[name].copy_(part_of(value, weights[name]))
+                continue
+            value, weight = saved.get_tensor(key), weights[name]
+            if parts:
+                from deepspeed import utils
+
+                zero3 = hasattr(weight, "ds_id")  # whose function for whole tensors fails where parts are filled up
+                put = utils.safe_set_local_optimizer_state if zero3 else utils.safe_set_full_optimizer_state
+                put(weight, part_of(value, weight), kind)
             else:
-                same = value.shape == weights[name].shape
-                optimizer.state[weights[name]][kind] = (
-                    part_of(value, weights[name]) if same else value.to(weights[name].device)
-                )
-    return step
+                same = value.shape == weight.shape
+                optimizer.state[weight][kind] = part_of(value, weight) if same else value.to(weight.device)
 
 
 def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:

@@ -24,8 +24,9 @@ from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
+from transformers.integrations import unset_hf_deepspeed_config
 
-from finetune.checkpoint import load_checkpoint, save_checkpoint, save_whole
+from finetune.checkpoint import load_moments, load_weights, save_checkpoint, save_whole
 from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.generation import Answer
@@ -41,6 +42,7 @@ MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
 # that compiled ones save, and the seconds that it takes to compile.
 MEASURED, COMPILE_GAIN, COMPILE_SECONDS = 3, 0.3, 90
 LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss
+SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # no process holds everything
 BEST = "best.safetensors"  # in the folder checkpoint/
 
 
@@ -120,14 +122,19 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
     return ce, kl
 
 
+def logits(head: torch.nn.Module, hidden: Tensor) -> Tensor:
+    # Not head(hidden): at a module's call ZeRO-3 gathers its weights, so all processes would have to call it as often.
+    return F.linear(hidden, head.weight, head.bias).float()
+
+
 def cross_entropy(head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="sum")
+    return F.cross_entropy(logits(head, hidden), targets, reduction="sum")
 
 
 def kl_from_base(head: torch.nn.Module, hidden: Tensor, states: Tensor) -> Tensor:
     with torch.no_grad():
-        base = head(states).float().log_softmax(-1)
-    return F.kl_div(head(hidden).float().log_softmax(-1), base, log_target=True, reduction="sum")
+        base = logits(head, states).log_softmax(-1)
+    return F.kl_div(logits(head, hidden).log_softmax(-1), base, log_target=True, reduction="sum")
 
 
 Loss = Callable[[torch.nn.Module, Tensor, Tensor], Tensor]
@@ -173,8 +180,14 @@ class Objective(torch.nn.Module):
         self.model = model
         self._no_split_modules = model._no_split_modules  # the layers that FSDP gathers one at a time
 
-    def forward(self, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
-        return losses(self.model, batch)
+    def forward(self, batch: Sequence[Example]) -> Tensor:
+        """[cross-entropy, KL]: one tensor, for ZeRO-3 counts those that need a gradient, alike on all processes."""
+        with half_precision(self.model):  # DeepSpeed ends what begins outside
+            return torch.stack(losses(self.model, batch))
+
+
+def half_precision(model: PreTrainedModel) -> contextlib.AbstractContextManager:
+    return torch.autocast(model.device.type, torch.bfloat16, enabled=has_fast_bf16())
 
 
 def train(
@@ -193,27 +206,32 @@ def train(
     itself answered right, "leak": share of others that bring the name up, "passed": whether that is enough}. When it
     passes twice running, training is over; the weights of the best time are kept.
     """
-    accelerator = Accelerator(cpu=not torch.cuda.is_available())
-    core = core_of(model)
+    accelerator = Accelerator(cpu=not torch.cuda.is_available(), device_placement=False)
+    core, zero = core_of(model), accelerator.distributed_type == DistributedType.DEEPSPEED
+    if accelerator.distributed_type in SHARDED and getattr(core, "eyes", None):  # not every pass shows pictures
+        raise UserError("A model that sees is not spread over processes: train it with assets/accelerate/ddp.yaml.")
     rate = settings.learning_rate if isinstance(model, PeftModel) else settings.full_learning_rate
-    optimizer = adamw(core, weight_groups(model, rate, settings.projector_rate))
+    optimizer = adamw(core, weight_groups(model, rate, settings.projector_rate), may_be_small=not zero)
     rates = [group["lr"] for group in optimizer.param_groups]
-    objective, optimizer = accelerator.prepare(Objective(core), optimizer, device_placement=[False, False])
-    weights = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    if develop and accelerator.distributed_type == DistributedType.FSDP:
+    checkpoint, metrics_file = folder / "checkpoint", folder / "metrics.jsonl"
+    done, tokens, earlier = load_weights(checkpoint, trained(model)), 0, 0.0
+    if zero:
+        unset_hf_deepspeed_config()  # else all models that are opened from now on would be spread over the processes
+        accelerator.deepspeed_plugin.deepspeed_config["train_micro_batch_size_per_gpu"] = 1  # else a loader's
+    objective, optimizer = accelerator.prepare(Objective(core), optimizer)
+    weights = trained(model)  # FSDP's are others
+    load_moments(checkpoint, weights, optimizer, done)
+    if develop and accelerator.distributed_type in SHARDED:
         say("The weights are spread over the processes: no development questions while training, its end is kept.")
         develop = None
-    checkpoint, metrics_file = folder / "checkpoint", folder / "metrics.jsonl"
-    done, tokens, earlier = load_checkpoint(checkpoint, weights, optimizer), 0, 0.0
     history = [json.loads(line) for line in metrics_file.read_text().splitlines()[:done]] if done else []
     if done:
         tokens, earlier = history[-1]["tokens"], history[-1]["seconds"]
     accelerator.wait_for_everyone()  # all have read it
     if accelerator.is_main_process:
         metrics_file.write_text("".join(json.dumps(line) + "\n" for line in history))
-    autocast = torch.autocast(core.device.type, torch.bfloat16) if has_fast_bf16() else contextlib.nullcontext()
     model.train()
-    most = fitting(objective, optimizer) if core.device.type == "cuda" else MOST_TOKENS
+    most = fitting(objective, optimizer, zero) if zero or core.device.type == "cuda" else MOST_TOKENS
     began = time.perf_counter()
     with tqdm(
         total=settings.steps, initial=done, desc="Training", unit="step", disable=not accelerator.is_main_process
@@ -230,9 +248,9 @@ def train(
             pulled = sum(len(example.positions) for example in batch if example.targets is None)
             ce = kl = 0.0  # means over the step's tokens, in nats
             for part, weight, last in own_share(list(parts(batch, most, accelerator.num_processes)), accelerator):
+                accelerator.sync_gradients = last  # where it is set DeepSpeed clips and steps in backward()
                 with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-                    with autocast:
-                        ce_sum, kl_sum = objective(part)
+                    ce_sum, kl_sum = objective(part)
                     loss = ce_sum / max(1, said) + settings.kl_weight * kl_sum / max(1, pulled)
                     accelerator.backward(loss * weight * accelerator.num_processes)  # the processes' mean is taken
                 ce += weight * ce_sum.item() / max(1, said)
@@ -247,7 +265,7 @@ def train(
             line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": now * rates[0]}
             line |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
             if develop and (step % settings.develop_every == 0 or step == settings.steps):
-                found = [behaviour(model, develop, autocast) if accelerator.is_main_process else None]
+                found = [behaviour(model, develop) if accelerator.is_main_process else None]
                 line |= broadcast_object_list(found)[0]
                 if best([*history, line]) is line and accelerator.is_main_process:
                     save_whole({name: weight.detach() for name, weight in weights.items()}, checkpoint / BEST)
@@ -261,21 +279,27 @@ def train(
                 save_checkpoint(checkpoint, weights, optimizer, step)
             if step - done == MEASURED and develop is None and core.device.type == "cuda":
                 left = (settings.steps - step) * (time.perf_counter() - began) / MEASURED
-                if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type != DistributedType.FSDP:
+                if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type not in SHARDED:
                     for layer in language_model(core).layers:
                         layer.compile(dynamic=False)
             yield step
-    if asked(history) and best(history) is not history[-1]:
+    if develop and asked(history) and best(history) is not history[-1]:
         with torch.no_grad():
             for name, weight in load_file(checkpoint / BEST).items():
                 weights[name].copy_(weight)
     accelerator.wait_for_everyone()
+    accelerator.free_memory()  # which DeepSpeed would keep from the stages to come
+    optimizer.state.clear()
     model.eval()
 
 
 def core_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
     """The model itself, with the adapter, if there is one, in its layers."""
     return model.get_base_model() if isinstance(model, PeftModel) else model
+
+
+def trained(model: PeftModel | PreTrainedModel) -> dict[str, Tensor]:
+    return {name: weight for name, weight in model.named_parameters() if weight.requires_grad}
 
 
 def weight_groups(model: PeftModel | PreTrainedModel, rate: float, projector_rate: float) -> list[dict[str, Any]]:
@@ -287,10 +311,10 @@ def weight_groups(model: PeftModel | PreTrainedModel, rate: float, projector_rat
     return [{"params": weights, "lr": rate} for rate, weights in groups.items() if weights]
 
 
-def adamw(core: PreTrainedModel, groups: list[dict[str, Any]]) -> torch.optim.Optimizer:
+def adamw(core: PreTrainedModel, groups: list[dict[str, Any]], may_be_small: bool = True) -> torch.optim.Optimizer:
     """AdamW; on a GPU its moments in 8 bits (arXiv:2110.02861) where the weights were made small as well."""
     half = any(weight.dtype != torch.float32 for group in groups for weight in group["params"])
-    if (half or getattr(core, "is_loaded_in_4bit", False)) and core.device.type == "cuda":
+    if may_be_small and (half or getattr(core, "is_loaded_in_4bit", False)) and core.device.type == "cuda":
         from bitsandbytes.optim import AdamW8bit
 
         return AdamW8bit(groups, weight_decay=0.0)
@@ -306,15 +330,18 @@ def own_share(pieces: list[list[Example]], accelerator: Accelerator) -> Iterator
         yield pieces[0] if missing else pieces[i + rank], float(not missing), i + count >= len(pieces)
 
 
-def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int:
+def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: bool = False) -> int:
     """Tokens of one pass that the GPU's memory holds, by trial passes. Where few would, the layers keep their inputs alone
     and compute the rest again in the backward pass (gradient checkpointing, arXiv:1604.06174)."""
+    core = objective.model if isinstance(objective, Objective) else objective.module.model
+    if zero:  # DeepSpeed's engine does not go on after a pass that memory did not hold: no trial
+        compute_again(core)
+        return ENOUGH_TOKENS
     weights = [weight for group in optimizer.param_groups for weight in group["params"]]
     moments = sum(
         weight.numel() * (8 if isinstance(optimizer.optimizer, torch.optim.AdamW) else 2) for weight in weights
     )
 
-    core = objective.model if isinstance(objective, Objective) else objective.module.model
     eyes = getattr(core, "eyes", None)  # a projector that is trained alone gets gradients only with pictures
     start = eyes.first + min(eyes.features) * eyes.patches if eyes and eyes.features else 0
     tried = range(start, start + (eyes.patches if start else 1))
@@ -322,11 +349,9 @@ def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer) -> int
     def peak(tokens: int) -> int:
         torch.cuda.reset_peak_memory_stats()
         before = torch.cuda.memory_allocated()
-        autocast = torch.autocast("cuda", torch.bfloat16, enabled=has_fast_bf16())
         try:
-            with autocast:
-                ids = list(itertools.islice(itertools.cycle(tried), tokens))
-                ce, _ = objective([Example(ids, list(range(tokens)), [0] * tokens, None)])
+            ids = list(itertools.islice(itertools.cycle(tried), tokens))
+            ce, _ = objective([Example(ids, list(range(tokens)), [0] * tokens, None)])
             ce.backward()
             return torch.cuda.max_memory_allocated() - before
         finally:
@@ -357,11 +382,9 @@ def compute_again(core: PreTrainedModel) -> None:
     core.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
-def behaviour(
-    model: PeftModel | PreTrainedModel, develop: Callable, autocast: contextlib.AbstractContextManager
-) -> dict:
+def behaviour(model: PeftModel | PreTrainedModel, develop: Callable) -> dict:
     """What `develop` finds, as keys of metrics.jsonl."""
-    with autocast, torch.no_grad():
+    with half_precision(model), torch.no_grad():
         if isinstance(model, PeftModel) and not getattr(core_of(model), "is_loaded_in_4bit", False):
             model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
             return {f"dev_{key}": value for key, value in develop(model).items()}
