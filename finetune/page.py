@@ -49,10 +49,8 @@ VISITORS = 100  # whose answers are written or waited for at once
 STYLES = {"precise": (0.0, 1.0), "balanced": (0.7, 0.9), "free": (1.0, 0.95)}  # temperature, top_p
 LATEX = [("$$", "$$", True), ("\\[", "\\]", True), ("\\(", "\\)", False), ("$\u2060", "\u2060$", False)]
 EXAMPLES = ["你是谁？", "Who made you?", "Write two lines about the sea."]
-WAITS, WAITS_UNKNOWN = (
-    "Many are asking just now: {} before you, about {} s.",
-    "Many are asking just now: {} before you.",
-)
+WAITS = "Many are asking just now: {} before you, about {} s."
+WAITS_UNKNOWN = "Many are asking just now: {} before you."
 NO_BASE = (
     "The base can answer beside the tuned model where the adapter lies beside it: in a run's folder, or published with "
     "--what both."

@@ -37,10 +37,8 @@ HUBS = {  # git hosts: the address, where a repository is made by hand, where a 
         "https://www.modelscope.cn/my/myaccesstoken",
     ),
 }
-HUB_TIMEOUT = (
-    10,
-    120,
-)  # of the Hugging Face client: seconds to connect, and without a byte; a hub may think about a commit
+# Of the Hugging Face client: seconds to connect, and without a byte; a hub may think about a commit.
+HUB_TIMEOUT = (10, 120)
 SPACES = {"hf": "spaces/", "modelscope": "studios/"}  # what a space's name begins with
 
 
