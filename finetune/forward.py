@@ -195,7 +195,7 @@ class Forward:
                 away = (ages < 0) | (ages >= window) if window else ages < 0
                 self.masks[window] = torch.zeros_like(ages, dtype=q.dtype).masked_fill(away, -torch.inf)[:, None, None]
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window], scale=scale)
-            seen[tokens] = found.view(len(tokens), -1, self.size)
+            seen[tokens] = found.reshape(len(tokens), -1, self.size)
         return seen
 
     def _mask(self, n: int, past: int, window: int) -> Tensor:

@@ -3,6 +3,7 @@ from collections import Counter
 
 import pytest
 import torch
+import torch.nn.functional as F
 from transformers import AutoModelForCausalLM, Gemma3TextConfig, LlamaConfig, MistralConfig, Qwen2Config, Qwen3Config
 
 from finetune.errors import UserError
@@ -109,6 +110,23 @@ def test_logits_are_transformers_own(kind, together, fast):
             most = max(most, (found[i] - expected[i][past[i] - 1]).abs().max().item())
     scale = max(e.abs().max().item() for e in expected)
     assert most < (3e-3 if fast else 1e-5) * scale
+
+
+def test_attention_may_give_its_result_in_any_layout(model, monkeypatch):
+    """On a GPU in float32 it gives [rows, heads, queries, size] as a view of [rows, queries, heads, size]."""
+    plain = F.scaled_dot_product_attention
+
+    def turned(*args, **kwargs):
+        return plain(*args, **kwargs).transpose(1, 2).contiguous().transpose(1, 2)
+
+    prompts = [[1, 2, 3], [4, 5], [6]]
+    expected = tokens(model, prompts, most=5)
+    monkeypatch.setattr(F, "scaled_dot_product_attention", turned)
+    decoder = Decoder(model, [], 500)
+    decoder.forward.together = True
+    rows = [decoder.add(prompt, 5) for prompt in prompts]
+    run(decoder)
+    assert [row.ids for row in rows] == expected
 
 
 def test_a_model_with_other_memory_is_refused():
