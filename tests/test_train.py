@@ -497,7 +497,7 @@ def launch(config: str, *arguments: str | Path, path: str = "") -> None:
     command += ["--main_process_port", "0", "--config_file", str(root / "assets" / "accelerate" / f"{config}.yaml")]
     command += [str(root / "tests" / "two_processes.py"), *map(str, arguments)]
     path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": path}
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path}
     done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
 
