@@ -2,6 +2,7 @@
 
 import bisect
 import contextlib
+import inspect
 import itertools
 import random
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,6 +19,8 @@ try:
 except ImportError:  # torch 2.6
     varlen_attn = None
 
+# Before torch 2.13 grouped queries are taken unasked.
+GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 WIDTH = 16  # a band's width is a multiple of this: few different shapes, which GPU kernels are built for
 WINDOW = 1000  # sequences among which `fill` looks for those that fit together
 
@@ -118,7 +121,7 @@ def attention(
     dtype = value.dtype  # under autocast the rotary step leaves query and key in float32
     if bounds is not None:
         rows = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
-        causal = {"scale": scaling, "window_size": (-1, 0), "enable_gqa": True}
+        causal = {"scale": scaling, "window_size": (-1, 0), **GROUPED}
         return varlen_attn(*rows, bounds, bounds, longest, longest, **causal)[None], None
     compute = torch.float32 if value.device.type == "cpu" else dtype  # on CPU bfloat16's backward pass is slow
     states = [
