@@ -111,12 +111,13 @@ class EfficientNetLite(PreTrainedModel):
             x = block(x)
             if i in (COARSE, FINE, EARLY):
                 kept[i] = x
-        line = torch.linspace(-1, 1, PATCHES, dtype=x.dtype, device=x.device)
+        side = self.config.image_size // self.config.patch_size
+        line = torch.linspace(-1, 1, side, dtype=x.dtype, device=x.device)
         place = torch.stack(torch.meshgrid(line, line, indexing="ij")).expand(len(x), -1, -1, -1)
         mean, most, small = F.adaptive_avg_pool2d, F.adaptive_max_pool2d, F.avg_pool2d(pixels, 4)
-        found = [mean(kept[COARSE], PATCHES)]
-        found += [pool(kept[i], PATCHES) for i in (FINE, EARLY) for pool in (mean, most)]
-        found += [mean(small, PATCHES), most(small, PATCHES), -most(-small, PATCHES), place]
+        found = [mean(kept[COARSE], side)]
+        found += [pool(kept[i], side) for i in (FINE, EARLY) for pool in (mean, most)]
+        found += [mean(small, side), most(small, side), -most(-small, side), place]
         return torch.cat(found, 1).flatten(2).transpose(1, 2)
 
 
