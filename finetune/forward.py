@@ -4,6 +4,9 @@ The tokens of all conversations lie in one row, [1, tokens], without padding; at
 GPU the conversations that go on by one token are attended to together. On a CPU each is attended to alone, over keys
 and values that lie in one piece: that costs no copy and no padding, and what a conversation gets does not depend on its
 company.
+
+On a GPU a step of single tokens alone is recorded as a CUDA graph: its thousand small kernels then cost one launch, which
+otherwise are the time. Recordings are for a few sizes, which rows of nobody fill up.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -19,6 +22,7 @@ from finetune.model import embed, language_model
 from finetune.packing import packed_attention
 
 Adapter = Mapping[str, tuple[Tensor, Tensor]]
+MOST_RECORDED = 1 << 18  # rows x keys of a recorded step: a GB of keys and values side by side, of InternLM2-1.8B
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers `_layer` computes as transformers does
 
 
@@ -57,14 +61,18 @@ class Forward:
         config = model.config.get_text_config()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
-        shape = config.num_hidden_layers, 2, self.kv_heads, room, self.size
-        # On a CPU it takes memory only where it is written.
+        # The last place is where rows of nobody write. On a CPU it takes memory only where it is written.
+        shape = config.num_hidden_layers, 2, self.kv_heads, room + 1, self.size
         self.pool = torch.empty(shape, dtype=model.dtype, device=self.device)
         self.head = _linear([model.get_output_embeddings()], fast)
         lean = core.config.model_type in LLAMA_LIKE and not getattr(config, "sliding_window", None)
         self.adapter, self.bare = adapter if lean else None, None
         self.layers = [self._lean(layer, fast) for layer in core.layers] if lean else None
         self.norm = _norm(core.norm) if lean else None
+        plain = all(type(module) is nn.Linear for name, module in core.layers.named_modules() if name.endswith("_proj"))
+        self.records, self.record = lean and plain and self.device.type == "cuda", record
+        self.memory = torch.cuda.graph_pool_handle() if self.records else None  # the recordings' own, one for all
+        self.recorded: dict[torch.Size, tuple[list[Tensor], Callable[[], None], Tensor]] = {}
 
     def copy(self, start: int, target: int, tokens: int) -> None:
         """Keys and values of `tokens` tokens to another place in the pool."""
@@ -73,6 +81,11 @@ class Forward:
     @torch.inference_mode()
     def __call__(self, spans: Sequence[Span]) -> Tensor:
         """The final hidden states of each span's last token, [spans, hidden size]."""
+        count, longest = len(spans), max(span.past for span in spans) + 1
+        rows = 1 << (count - 1).bit_length()  # few different sizes are recorded
+        recorded = self.records and rows * longest <= MOST_RECORDED and not torch.is_autocast_enabled("cuda")
+        if recorded := recorded and all(len(span.ids) == 1 and not span.bare for span in spans):
+            spans = [*spans, *[Span(self.room, 0, [0])] * (rows - count)]
         lengths = torch.tensor([len(span.ids) for span in spans])
         past = torch.tensor([span.past for span in spans])
         starts = torch.tensor([span.start for span in spans])
@@ -88,10 +101,14 @@ class Forward:
         if singles:  # [rows, longest], for those that go on by one token: where their keys lie, and how old they are
             tokens = torch.tensor([at for at, _ in singles])
             ends, first = positions[tokens], torch.tensor([span.start for _, span in singles])
-            longest = -(-(int(ends.max()) + 1) // 8) * 8  # else the attention pads it, in every layer
-            ages = ends[:, None] - torch.arange(longest)
+            longest = int(ends.max()) + 1
+            step = (
+                max(128, 1 << max(0, (longest - 1).bit_length() - 3)) if recorded else 8
+            )  # else attention pads it anew
+            ages = ends[:, None] - torch.arange(-(-longest // step) * step)
             where = (first + ends)[:, None] - ages.clamp(min=0)
-            self.grid = tokens.to(self.device), where.to(self.device), ages.to(self.device)
+            tokens = tokens.to(self.device) if self.alone else slice(None)
+            self.grid = tokens, where.to(self.device), ages.to(self.device)
         positions, last = positions.to(self.device), last.to(self.device)
         bare = torch.tensor([span.bare for span in spans]).repeat_interleave(lengths)
         self.bare = bare.nonzero()[:, 0].to(self.device) if bare.any() else None
@@ -107,9 +124,31 @@ class Forward:
         cos, sin = self.core.rotary_emb(hidden, positions[None])  # [1, tokens, head size]
         half = self.size // 2
         turn = cos[0, :, None], torch.cat([-sin[0, :, None, :half], sin[0, :, None, half:]], -1)
+        if recorded:
+            return self._replay(hidden, *turn, self.slots, *self.grid[1:])[:count].clone()
         for layer in self.layers:
             hidden = layer(hidden, *turn)
         return self.norm(hidden[last])
+
+    def _replay(self, *inputs: Tensor) -> Tensor:
+        """The final hidden states of single tokens by a recording for so many rows and keys, valid until the next one.
+        `inputs`: the embeddings, their turns, their places in the pool, and the grid's."""
+
+        def body() -> Tensor:
+            hidden, cos, sin, self.slots, where, ages = own
+            self.grid, self.masks = (slice(None), where, ages), {}
+            for layer in self.layers:
+                hidden = layer(hidden, cos, sin)
+            return self.norm(hidden)
+
+        if (key := inputs[-1].shape) not in self.recorded:
+            own = [tensor.clone() for tensor in inputs]
+            self.recorded[key] = own, *self.record(body, self.memory)
+        own, replay, found = self.recorded[key]
+        for old, new in zip(own, inputs, strict=True):
+            old.copy_(new)
+        replay()
+        return found
 
     @torch.inference_mode()
     def logits(self, states: Tensor) -> Tensor:
@@ -189,13 +228,13 @@ class Forward:
             seen[at : at + n] = found[0].transpose(0, 1)
         if self.grid:
             tokens, where, ages = self.grid
-            q = query[tokens].view(len(tokens), self.kv_heads, -1, self.size)
+            q = query[tokens].view(len(where), self.kv_heads, -1, self.size)
             k, v = keys[:, where].transpose(0, 1), values[:, where].transpose(0, 1)  # [rows, key heads, longest, size]
             if window not in self.masks:  # as it is added to the scores, which the attention else makes in every layer
                 away = (ages < 0) | (ages >= window) if window else ages < 0
                 self.masks[window] = torch.zeros_like(ages, dtype=q.dtype).masked_fill(away, -torch.inf)[:, None, None]
             found = F.scaled_dot_product_attention(q, k, v, attn_mask=self.masks[window], scale=scale)
-            seen[tokens] = found.reshape(len(tokens), -1, self.size)
+            seen[tokens] = found.reshape(len(where), -1, self.size)
         return seen
 
     def _mask(self, n: int, past: int, window: int) -> Tensor:
@@ -216,6 +255,20 @@ def attention(
 
 
 AttentionInterface.register("pooled", attention)
+
+
+def record(body: Callable[[], Tensor], memory: Any) -> tuple[Callable[[], None], Tensor]:
+    """What launches again all that `body` launches, and where its result then lies."""
+    aside = torch.cuda.Stream()
+    aside.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(aside):
+        body()  # what libraries do at their first call cannot be recorded
+    torch.cuda.current_stream().wait_stream(aside)
+    graph = torch.cuda.CUDAGraph()
+    # Other threads may be looking at pictures meanwhile.
+    with torch.cuda.graph(graph, memory, capture_error_mode="thread_local"):
+        found = body()
+    return graph.replay, found
 
 
 def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:

@@ -92,24 +92,57 @@ def kind(request):
     return model
 
 
-@pytest.mark.parametrize("together", [False, True], ids=["one by one", "together, as on a GPU"])
+def record(body, _):
+    """As a GPU does it, which always reads and writes in the same places."""
+    found = body()
+    return lambda: found.copy_(body()), found
+
+
+@pytest.mark.parametrize("together", [0, 1, 2], ids=["one by one", "together, as on a GPU", "recorded"])
 @pytest.mark.parametrize("fast", [False, True], ids=["float32", "float16 weights"])
 def test_logits_are_transformers_own(kind, together, fast):
     texts = [torch.randint(0, 300, (n,)).tolist() for n in (40, 23, 31)]
     with torch.inference_mode():
         expected = [kind(torch.tensor([text])).logits[0] for text in texts]
     forward = Forward(kind, 200, fast=fast)
-    forward.together = together
+    forward.together, forward.record = together > 0, record
+    forward.records = together == 2 and forward.layers is not None
     starts, past = [0, 60, 110], [0, 0, 0]
     most = 0.0
-    for pieces in ((12, 1, 5), (1, 9, 1), (14, 1, 1), (1, 1, 1), (1, 11, 23)):  # prompts in pieces among single tokens
+    for pieces in (
+        (12, 1, 5),
+        (1, 9, 1),
+        (14, 1, 1),
+        (1, 1, 1),
+        (1, 1, 1),
+        (1, 10, 22),
+    ):  # prompts in pieces among single tokens
         spans = [Span(starts[i], past[i], texts[i][past[i] : past[i] + n]) for i, n in enumerate(pieces)]
         found = forward.logits(forward(spans))
         past = [p + n for p, n in zip(past, pieces, strict=True)]
         for i in range(3):
             most = max(most, (found[i] - expected[i][past[i] - 1]).abs().max().item())
+    assert list(forward.recorded) == ([(4, 128)] if forward.records else [])
     scale = max(e.abs().max().item() for e in expected)
     assert most < (3e-3 if fast else 1e-5) * scale
+
+
+def test_recorded_steps_say_the_same_in_company_that_comes_and_goes(model):
+    chance = random.Random(0)
+    prompts = [[chance.randrange(256) for _ in range(chance.randrange(1, 200))] for _ in range(30)]
+    alone = [tokens(model, [prompt], most=20)[0] for prompt in prompts]
+    decoder = Decoder(model, [], 2000, rows=8)
+    decoder.forward.together, decoder.forward.records, decoder.forward.record = True, True, record
+    rows, states = [], {}
+    while len(rows) < len(prompts) or decoder.rows or decoder.waiting:
+        if len(rows) < len(prompts) and chance.random() < 0.2:
+            rows.append(decoder.add(prompts[len(rows)], 20))
+        for step in decoder.step():
+            states.setdefault(step.row, []).append(step.state)
+    assert [row.ids for row in rows] == alone
+    assert len(decoder.forward.recorded) > 4
+    for row in rows:  # what was handed out stays as it was
+        assert decoder.forward.logits(torch.stack(states[row])).argmax(-1).tolist() == row.ids
 
 
 def test_attention_may_give_its_result_in_any_layout(model, monkeypatch):
