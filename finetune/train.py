@@ -232,6 +232,32 @@ def train(
         metrics_file.write_text("".join(json.dumps(line) + "\n" for line in history))
     model.train()
     most = fitting(objective, optimizer, zero) if zero or core.device.type == "cuda" else MOST_TOKENS
+
+    def gradients(batch: list[Example], most: int) -> tuple[float, float] | None:
+        """A step's, in passes of at most `most` tokens; ce and kl, means over its tokens, in nats. None, and no gradients,
+        when memory does not hold such passes, though shorter ones are possible."""
+        said = sum(len(example.positions) for example in batch if example.targets is not None)
+        pulled = sum(len(example.positions) for example in batch if example.targets is None)
+        pieces = list(parts(batch, most, accelerator.num_processes))
+        ce = kl = 0.0
+        try:
+            for part, weight, last in own_share(pieces, accelerator):
+                accelerator.sync_gradients = last  # where it is set DeepSpeed clips and steps in backward()
+                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
+                    ce_sum, kl_sum = objective(part)
+                    loss = ce_sum / max(1, said) + settings.kl_weight * kl_sum / max(1, pulled)
+                    accelerator.backward(loss * weight * accelerator.num_processes)  # the processes' mean is taken
+                ce += weight * ce_sum.item() / max(1, said)
+                kl += weight * kl_sum.item() / max(1, pulled)
+        except torch.OutOfMemoryError:  # of several processes the others would wait for this one
+            if accelerator.num_processes > 1 or all(len(piece) == 1 for piece in pieces):
+                raise
+            accelerator.sync_gradients = True  # else nothing is set to zero
+            optimizer.zero_grad()
+            torch.cuda.empty_cache()
+            return None
+        return ce, kl
+
     began = time.perf_counter()
     with tqdm(
         total=settings.steps, initial=done, desc="Training", unit="step", disable=not accelerator.is_main_process
@@ -244,17 +270,9 @@ def train(
             now = schedule(step, settings.steps)
             for group, rate in zip(optimizer.param_groups, rates, strict=True):
                 group["lr"] = now * rate
-            said = sum(len(example.positions) for example in batch if example.targets is not None)
-            pulled = sum(len(example.positions) for example in batch if example.targets is None)
-            ce = kl = 0.0  # means over the step's tokens, in nats
-            for part, weight, last in own_share(list(parts(batch, most, accelerator.num_processes)), accelerator):
-                accelerator.sync_gradients = last  # where it is set DeepSpeed clips and steps in backward()
-                with contextlib.nullcontext() if last else accelerator.no_sync(objective):
-                    ce_sum, kl_sum = objective(part)
-                    loss = ce_sum / max(1, said) + settings.kl_weight * kl_sum / max(1, pulled)
-                    accelerator.backward(loss * weight * accelerator.num_processes)  # the processes' mean is taken
-                ce += weight * ce_sum.item() / max(1, said)
-                kl += weight * kl_sum.item() / max(1, pulled)
+            while (found := gradients(batch, most)) is None:
+                most //= 2
+            ce, kl = found
             accelerator.clip_grad_norm_(weights.values(), 1.0)
             optimizer.step()
             optimizer.zero_grad()

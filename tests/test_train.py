@@ -522,6 +522,30 @@ def test_two_processes_that_share_the_weights(config, method, tiny_model, tmp_pa
         torch.testing.assert_close(saved(tmp_path)[name], weight, rtol=1e-3, atol=2e-3)
 
 
+def test_passes_that_memory_does_not_hold_become_shorter(tiny_model, tmp_path, alone, monkeypatch):
+    held, whole = training.Objective.forward, []
+
+    def forward(self, batch):
+        found = held(self, batch)
+        if sum(len(example.ids) for example in batch) > 15 and len(batch) > 1:
+            found[0].backward(retain_graph=True)  # some gradients are there already
+            whole.append(batch)
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return found
+
+    monkeypatch.setattr(training.Objective, "forward", forward)
+    work_by("lora", tiny_model, tmp_path, 99)
+    assert whole
+    assert curve(tmp_path) == pytest.approx(curve(alone["lora"]), rel=1e-5)
+
+    def never(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(training.Objective, "forward", never)
+    with pytest.raises(torch.OutOfMemoryError):
+        work_by("lora", tiny_model, tmp_path / "never", 99)
+
+
 def test_a_model_that_sees_is_not_spread(monkeypatch):
     monkeypatch.setattr(training, "Accelerator", lambda **_: SimpleNamespace(distributed_type="FSDP"))
     with pytest.raises(UserError, match=r"train it with assets/accelerate/ddp\.yaml"):
