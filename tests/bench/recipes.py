@@ -4,7 +4,7 @@
 small steps of each and one probe of each kind and language, to see that it runs. All go through finetune/train.py's loop, so
 what differs is the data, the length and the loss, not the optimizer:
 
-course         the course's one pair, 48 steps of 16,384 tokens, rank 64, 2e-4 (its alpha is 16, here twice the rank)
+course         the course's one pair, 48 steps of 16,384 tokens, rank 64, alpha 16, 2e-4
 identity       91 identity rows alone, 20 epochs of 8, rank 8, 1e-4 (LLaMA-Factory's example without its general data)
 general        the same rows and 1,000 other prompts with the base's answers as text, 3 epochs of 8, rank 8, 1e-4
 ours           the preset
@@ -23,6 +23,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import names
 import torch
+from peft.tuners.lora import LoraLayer
 
 from finetune import checkpoint, identity, run_folder, scorecard, settings, stages
 from finetune import model as models
@@ -65,6 +66,11 @@ def theirs(run: stages.Run, recipe: Callable[[stages.Run], tuple[Groups, Train]]
     torch.manual_seed(0)
     run.folder.mkdir()
     model = models.add_lora(models.load(run.base), values.rank)
+    if recipe is course:  # the others' alpha is twice the rank, as ours
+        model.peft_config["default"].lora_alpha = 16
+        for module in model.modules():
+            if isinstance(module, LoraLayer):
+                module.set_scale("default", 1)
     for _ in training.train(model, training.batches(groups, values.steps, 0), values, run.folder):
         pass
     record = {"base": "base", "base_sha256": run.base_sha256, "format_hash": run.tuned_format.hash}
