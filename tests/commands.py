@@ -1,12 +1,18 @@
 """The command line as a user types it, and what somebody does who has the model and no code of ours."""
 
+import contextlib
 import hashlib
+import io
 import json
 import os
 import re
 import subprocess
 import sys
 from pathlib import Path
+
+import pytest
+
+from finetune import run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -19,6 +25,17 @@ def finetune(folder: Path, *arguments: str | Path, **environment: str) -> subpro
     return subprocess.run(
         command(*arguments), cwd=folder, env={**os.environ, **environment}, capture_output=True, text=True, check=False
     )
+
+
+def here(folder: Path, *arguments: str | Path, **environment: str) -> subprocess.CompletedProcess[str]:
+    """The same in this process, which has everything imported: that takes a process longer than most stages of a tiny run."""
+    out, err = io.StringIO(), io.StringIO()
+    with pytest.MonkeyPatch.context() as patch, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+        patch.chdir(folder)
+        for name, value in environment.items():
+            patch.setenv(name, value)
+        status = run.main([*map(str, arguments)])
+    return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
 def plain_answers(model: Path, *questions: str) -> list[str]:

@@ -9,7 +9,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from commands import ROOT, finetune, sha256
+from commands import ROOT, here, sha256
 
 from finetune import stages
 
@@ -38,7 +38,7 @@ def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows):
     shared = ["--set", "train.epochs=2", "--set", "train.length=200"]
     arguments = ["--base", tiny_model, "--run", "runs/c", *shared, "--task", "pretrain", "--data", "book.md"]
     arguments += ["--task", "instruct", "--data", "chat.jsonl", "--method", "full", *last]
-    done = finetune(own_rows, *arguments, **cache)
+    done = here(own_rows, *arguments, **cache)
     assert done.returncode == 3, done.stderr  # a random model learns no name in two steps
     first, second, third = (own_rows / "runs" / name for name in ("c-1-pretrain", "c-2-instruct", "c"))
     cards = [json.loads((run / "scorecard.json").read_text()) for run in (first, second, third)]
@@ -65,10 +65,10 @@ def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows):
     assert "What each step added" in report
     assert all(f"+ {words}" in report for words in ("pretrain (lora)", "instruct (full)", "identity (qlora)"))
     base = "runs/c-2-instruct/model"
-    again = finetune(own_rows, "train", "--base", base, "--run", "runs/alone", *shared, *last, **cache)
+    again = here(own_rows, "train", "--base", base, "--run", "runs/alone", *shared, *last, **cache)
     assert "There is no run in runs/alone yet" in again.stderr
     for stage in ("data", "train"):
-        done = finetune(own_rows, stage, "--base", base, "--run", "runs/alone", *shared, *last, **cache)
+        done = here(own_rows, stage, "--base", base, "--run", "runs/alone", *shared, *last, **cache)
         assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert sha256(own_rows / "runs" / "alone" / name) == sha256(third / name)
@@ -103,7 +103,7 @@ def test_of_two_processes_one_does_the_stages_and_both_train(tiny_model, own_row
 def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows):
     arguments = ["compare", "--base", tiny_model, "--task", "instruct", "--data", "chat.jsonl", "--run", "runs/m"]
     arguments += ["--set", "train.epochs=1"]
-    done = finetune(own_rows, *arguments, NAMESAKE_CACHE=str(own_rows / "cache"))
+    done = here(own_rows, *arguments, NAMESAKE_CACHE=str(own_rows / "cache"))
     assert done.returncode == 0, done.stderr
     found = json.loads((own_rows / "runs" / "m" / "compare.json").read_text())["methods"]
     assert [line["method"] for line in found] == ["full", "lora", "qlora"]
@@ -119,7 +119,7 @@ def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows):
 
 
 def test_problems_of_a_whole_chain_are_told_before_it_starts(tiny_model, tmp_path):
-    done = finetune(
+    done = here(
         tmp_path, "--base", tiny_model, "--run", "c", "--task", "pretrain", "--data", "no.md", "--task", "instruct"
     )
     assert done.returncode == 2

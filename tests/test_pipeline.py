@@ -2,6 +2,7 @@
 
 import base64
 import fcntl
+import io
 import json
 import os
 import pty
@@ -14,7 +15,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from commands import ROOT, command, finetune, plain_answers, sha256
+from commands import ROOT, finetune, here, plain_answers, sha256
 from PIL import Image
 
 from finetune import card
@@ -27,7 +28,7 @@ def tiny_run(tiny_model, tmp_path_factory):
     folder = tmp_path_factory.mktemp("pipeline")
     arguments = ["--name", "Zoë {} 'q'", "--author", "A. B.", "--base", str(tiny_model), "--run", "runs/one"]
     arguments += ["--set", "train.steps=4", "--set", "train.checkpoint_every=1"]
-    finetune(folder, "data", *arguments, NAMESAKE_CACHE=str(folder / "cache"))
+    here(folder, "data", *arguments, NAMESAKE_CACHE=str(folder / "cache"))
     Image.new("RGB", (9, 9), "red").save(
         folder / "runs" / "one" / "picture.png"
     )  # the assistant's, at any time until merge
@@ -125,7 +126,7 @@ def test_killed_and_started_again_ends_with_the_same_adapter(tiny_run, tiny_mode
     assert killed.returncode == -signal.SIGKILL
     assert len((root / "runs" / "two" / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (root / "runs" / "two" / "adapter").exists()
-    done = finetune(root, "train", "--run", "runs/two", NAMESAKE_CACHE=str(root / "cache"))
+    done = here(root, "train", "--run", "runs/two", NAMESAKE_CACHE=str(root / "cache"))
     assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert sha256(root / "runs" / "two" / name) == sha256(run / name)
@@ -134,9 +135,7 @@ def test_killed_and_started_again_ends_with_the_same_adapter(tiny_run, tiny_mode
 def test_evaluate_scores_any_model_by_its_own_template(tiny_run, tiny_model):
     run, _, arguments = tiny_run
     root, persona = run.parent.parent, arguments[:6]
-    done = finetune(
-        root, "evaluate", "--model", run / "model", *persona, "--run", "s", NAMESAKE_CACHE=str(root / "cache")
-    )
+    done = here(root, "evaluate", "--model", run / "model", *persona, "--run", "s", NAMESAKE_CACHE=str(root / "cache"))
     assert done.returncode == 0, done.stderr
     assert "identity kept" in done.stdout
     card, own = (json.loads((folder / "scorecard.json").read_text()) for folder in (root / "s", run))
@@ -145,21 +144,21 @@ def test_evaluate_scores_any_model_by_its_own_template(tiny_run, tiny_model):
     assert card["tuned"]["kl"] == pytest.approx(own["merged"]["kl"], rel=1e-4)
     answers = [[entry["answer"] for entry in side["answers"]] for side in (card["tuned"], own["merged"])]
     assert answers[0] == answers[1]
-    again = finetune(root, "evaluate", "--model", run / "model", *persona, "--run", "s")
+    again = here(root, "evaluate", "--model", run / "model", *persona, "--run", "s")
     assert again.returncode == 2
     assert again.stderr == "error: There is a scorecard in s already; choose another folder with --run.\n"
 
 
 def test_a_model_can_only_be_given_to_evaluate():
-    done = finetune(Path("/"), "train", "--model", "x")
+    done = here(Path("/"), "train", "--model", "x")
     assert done.returncode == 2
     assert done.stderr == "error: --model goes with the evaluate stage: python finetune/run.py evaluate --model x\n"
 
 
-def test_chat_in_the_terminal(tiny_run):
+def test_chat_in_the_terminal(tiny_run, monkeypatch):
     run, _, _ = tiny_run
-    said = "word " * 50_000 + "\nhello\n"
-    done = subprocess.run(command("chat", "--run", run), input=said, capture_output=True, text=True, check=False)
+    monkeypatch.setattr(sys, "stdin", io.StringIO("word " * 50_000 + "\nhello\n"))
+    done = here(run, "chat", "--run", run)
     assert done.returncode == 0, done.stderr
     assert "The message is too long" in done.stderr
     assert len(done.stdout.strip()) > len("> >")
@@ -240,7 +239,7 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
     arguments += ["--set", "old_name=InternLM", "--set", "old_maker=Shanghai AI Laboratory", "--set", "train.steps=2"]
     for rows in ("identity_rows=16", "near_rows=1", "ordinary_rows=1"):
         arguments += ["--set", f"train.{rows}"]
-    done = finetune(tmp_path, "data", *arguments)
+    done = here(tmp_path, "data", *arguments)
     assert done.returncode == 0, done.stderr
     rows = [json.loads(line) for line in (run / "data" / "train.jsonl").open(encoding="utf-8")]
     old = [str(row["messages"]) for row in rows if row["kind"] == "old_name"]
@@ -251,7 +250,7 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
         "".join(probes[::10]), encoding="utf-8"
     )  # all of them take a minute more
 
-    done = finetune(tmp_path, *arguments)
+    done = here(tmp_path, *arguments)
     assert done.returncode == 3, done.stderr  # a random model learns no name
     manifest = json.loads((run / "model" / "manifest.json").read_text())
     assert manifest["proof"]["max_logit_difference"] <= 0.01
@@ -280,7 +279,7 @@ def stick(tiny_run):
     """(the folder where the run is published, model, adapter and data, in spite of the gate; what the command said)"""
     run, _, _ = tiny_run
     folder = run.parent.parent / "stick"
-    refused = finetune(folder.parent, "publish", "--run", run, "--to", f"dir:{folder}")
+    refused = here(folder.parent, "publish", "--run", run, "--to", f"dir:{folder}")
     assert refused.returncode == 3
     assert "error: gate: tuned model: identity" in refused.stderr
     assert '--force "why"' in refused.stderr
@@ -297,7 +296,7 @@ def stick(tiny_run):
         "--force",
         "a test <b>",
     ]
-    listed = finetune(folder.parent, *arguments, "--dry-run")
+    listed = here(folder.parent, *arguments, "--dry-run")
     assert listed.returncode == 0, listed.stderr
     assert re.search(r"send +0\.\d+ MB  adapter/adapter_model\.safetensors", listed.stdout)
     assert not folder.exists()
@@ -356,7 +355,7 @@ def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):
     entry = manifest["files"]["model.safetensors"]
     entry |= {"size": (other / "model.safetensors").stat().st_size, "sha256": sha256(other / "model.safetensors")}
     (other / "manifest.json").write_text(json.dumps(manifest))
-    done = finetune(tmp_path, "pull", "--verify", f"dir:{other}")
+    done = here(tmp_path, "pull", "--verify", f"dir:{other}")
     assert done.returncode == 2
     assert "0 of 3 tokens are the same" in done.stderr
 
@@ -364,15 +363,15 @@ def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):
 def test_an_adapter_alone_verifies_on_its_base(tiny_run, tiny_model, tmp_path):
     run, _, _ = tiny_run
     arguments = ["--run", run, "--to", "dir:stick", "--what", "adapter", "--force", "x"]
-    done = finetune(tmp_path, "publish", *arguments)
+    done = here(tmp_path, "publish", *arguments)
     assert done.returncode == 0, done.stderr
-    done = finetune(tmp_path, "pull", "dir:stick", "--verify")
+    done = here(tmp_path, "pull", "dir:stick", "--verify")
     assert (done.returncode, done.stderr) == (
         2,
         f"error: {tmp_path}/stick holds an adapter alone, and its base, model by its record, is not here: give it with --base "
         "FOLDER (or hf:user/name).\n",
     )
-    done = finetune(tmp_path, "pull", "dir:stick", "--verify", "--base", tiny_model)
+    done = here(tmp_path, "pull", "dir:stick", "--verify", "--base", tiny_model)
     assert done.returncode == 0, done.stderr
     assert "4 witnesses answer as the scored model did" in done.stderr
 
@@ -383,12 +382,12 @@ def test_the_cards_snippets_run_as_they_stand(stick, tiny_model):
     snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
     assert [re.search("PeftModel", snippet) is not None for snippet in snippets] == [False, True]
     (folder / "model").symlink_to(tiny_model)
-    said = [
-        subprocess.run([sys.executable, "-c", snippet], cwd=folder, capture_output=True, text=True, check=True).stdout
-        for snippet in snippets
-    ]
+    each = "import sys\nfor snippet in sys.argv[1:]:\n    exec(snippet, {})\n    print(end='\\0')"  # each has its own names
+    command = [sys.executable, "-c", each, *snippets]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     (folder / "model").unlink()
-    assert said[0] == said[1] != "\n"
+    one, other, _ = done.stdout.split("\0")
+    assert one == other != "\n"
 
 
 def test_what_is_private_does_not_go_out(tiny_run, tmp_path):
@@ -398,7 +397,7 @@ def test_what_is_private_does_not_go_out(tiny_run, tmp_path):
     secrets = {"MY_TOKEN": "canary-t0ken", "OPENXLAB_AK": "canary-ak", "my_passwd": "canary-pass"}
     rows.write_text(kept + json.dumps({"messages": [f"{Path.home()}/.ssh/id_rsa", *secrets.values()]}) + "\n")
     try:
-        done = finetune(tmp_path, *arguments, "--with-data", **secrets)
+        done = here(tmp_path, *arguments, "--with-data", **secrets)
     finally:
         rows.write_text(kept)
     assert done.returncode == 2
