@@ -1,8 +1,10 @@
 """Typed settings: defaults, then a preset, then a run's own settings.toml, then flags. An unknown key is an error."""
 
+import copy
 import dataclasses
 import datetime
 import difflib
+import functools
 import math
 import typing
 from collections.abc import Iterable
@@ -197,11 +199,16 @@ def preset(name: str) -> dict[str, Any]:
             f"There is no preset {name!r}; "
             + (f"did you mean {close[0]}?" if close else f"presets: {', '.join(names)}.")
         )
-    return read_toml(file) if file.is_file() else read_toml(BASES)[name]
+    return read_toml(file) if file.is_file() else copy.deepcopy(_bases()[name])
 
 
 def preset_names() -> list[str]:
-    return sorted([file.stem for file in PRESETS.glob("*.toml") if file != BASES] + list(read_toml(BASES)))
+    return sorted([file.stem for file in PRESETS.glob("*.toml") if file != BASES] + list(_bases()))
+
+
+@functools.cache
+def _bases() -> dict[str, Any]:
+    return read_toml(BASES)  # which takes longer than all else that a command does before its work
 
 
 def read_toml(file: Path) -> dict[str, Any]:
