@@ -4,6 +4,7 @@ import contextlib
 import hashlib
 import io
 import json
+import multiprocessing
 import os
 import re
 import subprocess
@@ -36,6 +37,21 @@ def here(folder: Path, *arguments: str | Path, **environment: str) -> subprocess
             patch.setenv(name, value)
         status = run.main([*map(str, arguments)])
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
+
+
+def apart(*arguments: str | Path, **environment: str) -> int:
+    """The same in a process of its own, forked from one that has everything imported: its exit status."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["finetune.train", "peft"])
+    process = context.Process(target=_main, args=([*map(str, arguments)], environment))
+    process.start()
+    process.join()
+    return process.exitcode
+
+
+def _main(arguments: list[str], environment: dict[str, str]) -> None:
+    os.environ.update(environment)
+    sys.exit(run.main(arguments))
 
 
 def plain_answers(model: Path, *questions: str) -> list[str]:

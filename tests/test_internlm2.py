@@ -184,6 +184,12 @@ def assert_gives(folder: Path, expected: dict[str, torch.Tensor]) -> None:
 # ------------------------------------------------------------------------------------------------------------ models
 
 
+@pytest.fixture(autouse=True)
+def built_once(tokenizer, monkeypatch):
+    """It is the same each time, and takes a conversion's longest part."""
+    monkeypatch.setattr(internlm2, "build_tokenizer", lambda file: tokenizer)
+
+
 def test_the_converted_network_is_internlm2s(tiny):
     _, folder, expected = tiny
     assert_gives(folder, expected)

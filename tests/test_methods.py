@@ -7,9 +7,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from unittest.mock import Mock
 
 import pytest
-from commands import ROOT, here, sha256
+from commands import ROOT, apart, command, here, sha256
 
 from finetune import stages
 
@@ -100,10 +101,17 @@ def test_of_two_processes_one_does_the_stages_and_both_train(tiny_model, own_row
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
-def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows):
+def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows, monkeypatch):
+    cache = {"NAMESAKE_CACHE": str(own_rows / "cache")}
+
+    def started(given: list[str], check: bool) -> Mock:
+        assert given[:2] == command()
+        return Mock(returncode=apart(*given[2:], **cache))
+
+    monkeypatch.setattr(stages.subprocess, "run", started)
     arguments = ["compare", "--base", tiny_model, "--task", "instruct", "--data", "chat.jsonl", "--run", "runs/m"]
     arguments += ["--set", "train.epochs=1"]
-    done = here(own_rows, *arguments, NAMESAKE_CACHE=str(own_rows / "cache"))
+    done = here(own_rows, *arguments, **cache)
     assert done.returncode == 0, done.stderr
     found = json.loads((own_rows / "runs" / "m" / "compare.json").read_text())["methods"]
     assert [line["method"] for line in found] == ["full", "lora", "qlora"]

@@ -382,11 +382,13 @@ def test_the_cards_snippets_run_as_they_stand(stick, tiny_model):
     snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
     assert [re.search("PeftModel", snippet) is not None for snippet in snippets] == [False, True]
     (folder / "model").symlink_to(tiny_model)
-    each = "import sys\nfor snippet in sys.argv[1:]:\n    exec(snippet, {})\n    print(end='\\0')"  # each has its own names
+    each = (
+        "import sys\nfor snippet in sys.argv[1:]:\n    exec(snippet, {})\n    print('<next>')"  # each has its own names
+    )
     command = [sys.executable, "-c", each, *snippets]
     done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
     (folder / "model").unlink()
-    one, other, _ = done.stdout.split("\0")
+    one, other, _ = done.stdout.split("<next>\n")
     assert one == other != "\n"
 
 

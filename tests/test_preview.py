@@ -133,7 +133,7 @@ def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     monkeypatch.setattr(preview, "TRIAL_SECONDS", 1.0)
     lines = random.Random(0)
     texts = [
-        {"text": "".join(f"{lines.randbytes(40).hex()}\n" for _ in range(lines.randint(1, 30)))} for _ in range(60)
+        {"text": "".join(f"{lines.randbytes(40).hex()}\n" for _ in range(lines.randint(1, 30)))} for _ in range(30)
     ]
     rows = rows_of_length(40, 20, 400) if task == "instruct" else texts
     file = write(tmp_path / "a.jsonl", rows)
