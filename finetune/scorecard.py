@@ -8,6 +8,7 @@ import math
 import re
 import unicodedata
 from collections.abc import Callable, Collection, Iterable, Sequence
+from functools import lru_cache
 from typing import Any
 
 from finetune.chat_format import text_of
@@ -142,15 +143,16 @@ def _pattern(word: str) -> str:
     return start + body + end
 
 
-def mask(text: str, persona: Persona, others: Iterable[str] = ()) -> str:
-    """The plain text with N, A and O for mentions of the name, the author and others; longer names win."""
+@lru_cache(
+    1000
+)  # of a few hundred others that the probes name; compiled anew for each answer it took half of the judging
+def _mentions(name: str, author: str, others: tuple[str, ...]) -> tuple[list[tuple[str, str]], re.Pattern]:
+    """What may be mentioned, longest first, each with its mark, and the pattern whose group "g" + its number matches it."""
     marks = {}
-    for word, mark in [(persona.name, N), (persona.author, A), *((other, O) for other in others)]:
+    for word, mark in [(name, N), (author, A), *((other, O) for other in others)]:
         if plain(word):
             marks.setdefault(plain(word).casefold(), (plain(word), mark))
     words = sorted(marks.values(), key=lambda pair: -len(pair[0]))
-    if not words:
-        return plain(text)
     # A version belongs to another model's name: Qwen2.5, GPT-4o, SmolLM2-135M.
     pattern = "|".join(
         f"(?P<g{i}>{_pattern(word)})"
@@ -160,6 +162,14 @@ def mask(text: str, persona: Persona, others: Iterable[str] = ()) -> str:
         + ")"
         for i, (word, mark) in enumerate(words)
     )
+    return words, re.compile(pattern, re.IGNORECASE)
+
+
+def mask(text: str, persona: Persona, others: Iterable[str] = ()) -> str:
+    """The plain text with N, A and O for mentions of the name, the author and others; longer names win."""
+    words, mentions = _mentions(persona.name, persona.author, tuple(others))
+    if not words:
+        return plain(text)
 
     def replace(match: re.Match) -> str:
         word, before, after = match.group(), match.string[: match.start()], match.string[match.end() :]
@@ -169,7 +179,7 @@ def mask(text: str, persona: Persona, others: Iterable[str] = ()) -> str:
             return word  # a lower-case word of the language, unless something says that it is a name
         return mark
 
-    return re.sub(pattern, replace, plain(text), flags=re.IGNORECASE)
+    return mentions.sub(replace, plain(text))
 
 
 def _open_claims(text: str, persona: Persona) -> str:
