@@ -143,9 +143,8 @@ def _pattern(word: str) -> str:
     return start + body + end
 
 
-@lru_cache(
-    1000
-)  # of a few hundred others that the probes name; compiled anew for each answer it took half of the judging
+# Of a few hundred others that the probes name: compiled anew for each answer it took half of the judging.
+@lru_cache(1000)
 def _mentions(name: str, author: str, others: tuple[str, ...]) -> tuple[list[tuple[str, str]], re.Pattern]:
     """What may be mentioned, longest first, each with its mark, and the pattern whose group "g" + its number matches it."""
     marks = {}
