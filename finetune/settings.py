@@ -110,6 +110,7 @@ class Settings:
     merge: Merge = Merge()
 
 
+MOST = 2**63 - 1  # torch's integers, the seed among them
 AT_LEAST_ONE = (
     *("train.rank", "train.steps", "train.identity_rows", "train.checkpoint_every", "train.develop_every"),
     *("train.tokens", "train.length", "vision.pictures", "vision.rows", "vision.steps"),
@@ -169,6 +170,8 @@ def _wrong(where: str, hint: Any, value: Any) -> str:
         return ""
     if not math.isfinite(value):
         return "a finite number"
+    if hint is int and value > MOST:
+        return f"at most {MOST}"
     least = int(where in AT_LEAST_ONE)
     return "" if value >= least else f"at least {least}"
 

@@ -70,6 +70,7 @@ def test_a_whole_number_is_a_number_too():
         ({"seed": 1.0}, "seed is 1.0; it must be a whole number."),
         ({"seed": True}, "seed is True; it must be a whole number."),
         ({"seed": -1}, "seed is -1; it must be at least 0."),
+        ({"seed": 2**63}, "seed is 9223372036854775808; it must be at most 9223372036854775807."),
         ({"train": {"steps": 0}}, "train.steps is 0; it must be at least 1."),
         ({"train": {"rank": 0}}, "train.rank is 0; it must be at least 1."),
         ({"train": {"checkpoint_every": 0}}, "train.checkpoint_every is 0; it must be at least 1."),
