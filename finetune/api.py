@@ -234,7 +234,7 @@ def parse(found: bytes) -> ChatRequest:
     """Raises ApiError that names what is wrong."""
     try:
         values = json.loads(found)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where lists are in lists, thousands deep
         raise ApiError(400, f"The request is not JSON: {error}.") from error
     if not isinstance(values, dict):
         raise ApiError(400, "The request is not a JSON object.")

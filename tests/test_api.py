@@ -216,6 +216,7 @@ def test_what_is_no_request(url):
     for content, words in (
         (b"{", "is not JSON"),
         (b"[]", "not a JSON object"),
+        (b"[" * 100_000, "is not JSON"),  # deeper than Python reads
         (b"x" * 4_000_001, "larger than 4000000"),  # refused when all is read, else the pipe may break
     ):
         answer = httpx.post(url + "/v1/chat/completions", content=content, headers=headers)
