@@ -17,7 +17,7 @@ from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from finetune.chat_format import ChatFormat
-from finetune.model import PROJECTOR, save
+from finetune.model import PROJECTOR, disk_errors, save
 
 STATE = "state.safetensors"  # in the folder checkpoint/
 MOMENTS = ("exp_avg", "exp_avg_sq")  # of AdamW
@@ -41,7 +41,8 @@ def save_whole(tensors: dict[str, Tensor], file: Path, **metadata: str) -> None:
     if PartialState().is_main_process:
         file.parent.mkdir(exist_ok=True)
         new = file.with_suffix(".tmp")
-        save_file(tensors, new, metadata=metadata)
+        with disk_errors(file):
+            save_file(tensors, new, metadata=metadata)
         new.replace(file)
 
 
@@ -125,7 +126,8 @@ def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None
         new = folder.with_suffix(".tmp")
         shutil.rmtree(new, ignore_errors=True)
         # "auto" looks for the base's config, on a hub too
-        model.save_pretrained(new, state_dict=weights, save_embedding_layers=False)
+        with disk_errors(folder):
+            model.save_pretrained(new, state_dict=weights, save_embedding_layers=False)
         (new / "namesake.json").write_text(json.dumps(record, indent=1))
         new.rename(folder)
 

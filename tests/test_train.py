@@ -1,4 +1,5 @@
 import dataclasses
+import errno
 import json
 import multiprocessing
 import os
@@ -14,6 +15,7 @@ from unittest import mock
 import bitsandbytes
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune import checkpoint
@@ -356,6 +358,22 @@ def test_an_adapter_is_there_as_a_whole_or_not_at_all(tiny_model, tmp_path):
     checkpoint.save_adapter(network, {"base": "b"}, tmp_path / "adapter")
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
     assert json.loads((tmp_path / "adapter" / "namesake.json").read_text()) == {"base": "b"}
+
+
+def test_a_full_disk_is_an_ordinary_error(tiny_model, tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    network = add_lora(load(tiny_model), 1)
+    monkeypatch.setattr(checkpoint, "save_file", full)
+    monkeypatch.setattr(network, "save_pretrained", full)
+    for save in (
+        lambda: checkpoint.save_whole({}, tmp_path / "checkpoint" / checkpoint.STATE),
+        lambda: checkpoint.save_adapter(network, {"base": "b"}, tmp_path / "adapter"),
+    ):
+        with pytest.raises(OSError) as caught:
+            save()
+        assert caught.value.errno == errno.ENOSPC
 
 
 def test_a_few_rows_are_learned_by_heart(tiny_model, tmp_path):
