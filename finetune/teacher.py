@@ -5,15 +5,18 @@ a state into the base's exact distribution, so a few hundred numbers a token are
 per base and prompt, kept in the user's cache.
 """
 
+import contextlib
 from collections.abc import Callable, Sequence
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from tqdm import tqdm
 from transformers import PreTrainedModel
 
 from finetune import embedded
 from finetune.generation import Answer, complete
+from finetune.model import disk_errors
 
 
 def ask(
@@ -29,7 +32,9 @@ def ask(
     file.parent.mkdir(parents=True, exist_ok=True)
     keys = [embedded.digest_of([list(prompt), max_new_tokens]) for prompt in prompts]
     with embedded.locked(file.with_suffix(".lock"), "asking the base model"):
-        known = load_file(file) if file.exists() else {}
+        known = {}
+        with contextlib.suppress(FileNotFoundError, SafetensorError):  # one that is damaged is made anew
+            known = load_file(file)
         missing = {key: prompt for key, prompt in zip(keys, prompts, strict=True) if f"{key}.ids" not in known}
         if missing:
             with tqdm(total=len(missing), desc="Asking the base model", unit="answer") as bar:
@@ -37,6 +42,7 @@ def ask(
             for key, answer in zip(missing, answers, strict=True):
                 known[f"{key}.ids"] = torch.tensor(answer.ids, dtype=torch.int32)
                 known[f"{key}.states"] = answer.states.cpu()
-            save_file(known, new := file.with_suffix(".tmp"))
+            with disk_errors(file):
+                save_file(known, new := file.with_suffix(".tmp"))
             new.replace(file)
     return [Answer(known[f"{key}.ids"].tolist(), known[f"{key}.states"]) for key in keys]

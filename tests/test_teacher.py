@@ -1,9 +1,11 @@
+import errno
 import multiprocessing
 import os
 from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from finetune import teacher
@@ -80,6 +82,24 @@ def test_a_failure_leaves_the_cache_as_it_was(loaded, monkeypatch):
     with pytest.raises(ZeroDivisionError):
         teacher.ask("base", loaded, [A, B], STOP, MOST)
     assert same(teacher.ask("base", unloadable, [A], STOP, MOST), first)
+
+
+def test_a_damaged_cache_is_asked_for_anew(loaded, cache):
+    first = teacher.ask("base", loaded, [A], STOP, MOST)
+    (cache / "teacher" / "base.safetensors").write_bytes(b"")  # a power cut
+    assert same(teacher.ask("base", loaded, [A], STOP, MOST), first)
+    assert loaded.calls == 2
+    assert same(teacher.ask("base", unloadable, [A], STOP, MOST), first)
+
+
+def test_a_full_disk_is_an_ordinary_error(loaded, monkeypatch):
+    def full(*_):
+        raise SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+
+    monkeypatch.setattr(teacher, "save_file", full)
+    with pytest.raises(OSError) as caught:
+        teacher.ask("base", loaded, [A], STOP, MOST)
+    assert caught.value.errno == errno.ENOSPC
 
 
 def ask(base: Path, cache: Path, prompts: list[list[int]], both, mine, others, answers) -> None:
