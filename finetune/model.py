@@ -456,6 +456,8 @@ def check_adapter(adapter: Path, base: Path) -> None:
     """Raises UserError unless the adapter was made for exactly these base weights."""
     if not (adapter / "adapter_model.safetensors").is_file():
         raise UserError(f"There is no adapter_model.safetensors in {adapter}; train first.")
+    if problems := file_problems(adapter):
+        raise UserError(*problems)
     if not (record := adapter / ADAPTER_RECORD).is_file():
         raise UserError(
             f"The adapter in {adapter} does not say which base model it was made for: there is no {ADAPTER_RECORD}. "

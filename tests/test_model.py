@@ -360,6 +360,14 @@ def test_an_adapter_that_does_not_say_its_base_is_refused(adapter, tiny_model):
         model.check_adapter(adapter[0], tiny_model)
 
 
+def test_a_cut_adapter_is_refused(adapter, tiny_model):
+    file = adapter[0] / "adapter_model.safetensors"
+    file.write_bytes(file.read_bytes()[:1000])
+    with pytest.raises(UserError) as refusal:
+        model.load_merged(tiny_model, adapter[0])
+    assert str(refusal.value).startswith(f"{file} is damaged or cut (")
+
+
 def test_no_adapter(tmp_path, tiny_model):
     with pytest.raises(UserError) as caught:
         model.check_adapter(tmp_path, tiny_model)
