@@ -17,6 +17,7 @@ def chat(run: Run) -> None:
     folder = run.folder / "model"
     if not folder.is_dir():
         raise UserError(f"There is no model in {run.folder} yet: run '{run.command}' first.")
+    models.check_folder(folder)
     form, (model, fast, runs_on) = models.chat_format(folder), serving.load(folder)
     room = serving.pool_tokens(model, 1)
     most = min(ANSWERED_TOKENS, room // 4)

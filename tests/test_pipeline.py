@@ -164,6 +164,14 @@ def test_chat_in_the_terminal(tiny_run, monkeypatch):
     assert len(done.stdout.strip()) > len("> >")
 
 
+def test_chat_with_a_damaged_model_is_refused_in_words(tiny_run, tmp_path):
+    run = shutil.copytree(tiny_run[0], tmp_path / "r")
+    (run / "model" / "model.safetensors").write_bytes(b"")
+    done = finetune(tmp_path, "chat", "--run", "r")
+    assert done.returncode == 2
+    assert done.stderr.startswith("error: r/model/model.safetensors is damaged or cut (")
+
+
 ASKED = """
 import os, sys, time
 from finetune import engine, generation, run
