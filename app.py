@@ -76,7 +76,7 @@ def main(arguments: list[str] | None = None) -> int:
         listener = socket.create_server((args.host, args.port), backlog=128)
     except (OSError, OverflowError) as error:
         why = (getattr(error, "strerror", None) or str(error)).partition(" (")[0].rstrip(".")
-        say(f"error: Port {args.port} cannot be opened: {why}. Choose another with --port.")
+        say(f"error: Port {args.port} of {args.host} cannot be opened: {why}. Choose another with --port or --host.")
         return 2
     say(f"{engine.health()['model']}: http://localhost:{args.port}")
     serve(engine, listener, key=os.environ.get("API_KEY"), open_api=args.open_api, origins=args.api_origin)

@@ -11,6 +11,7 @@ import time
 import traceback
 from collections import deque
 from collections.abc import AsyncIterator, Callable, Hashable, Iterator, Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -346,13 +347,16 @@ async def pieces_async(engine: Engine, request: Request) -> AsyncIterator[Piece]
 
 def manifest(folder: Path) -> dict[str, Any]:
     """Of a model that was made here; empty for another one."""
-    file = folder / "manifest.json"
-    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else {}
+    made = None
+    with suppress(OSError, ValueError):  # a broken one is refused in words by `hub.pull`
+        made = json.loads((folder / "manifest.json").read_text(encoding="utf-8"))
+    return made if isinstance(made, dict) else {}
 
 
 def assistant_name(folder: Path) -> str | None:
     """The name given to a model that was made here."""
-    return manifest(folder).get("name")
+    name = manifest(folder).get("name")
+    return name if isinstance(name, str) else None
 
 
 def fit(messages: Sequence[Message], count: Callable[[list[Message]], int], room: int) -> list[Message]:

@@ -387,15 +387,36 @@ def test_a_taken_port_is_said(capsys):
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
         assert app.main(["--model", "x", "--host", "127.0.0.1", "--port", str(port)]) == 2
-    assert f"error: Port {port} cannot be opened: Address already in use. Choose another with --port." in (
-        capsys.readouterr().err
+    assert (
+        f"error: Port {port} of 127.0.0.1 cannot be opened: Address already in use. Choose another with --port or --host."
+        in (capsys.readouterr().err)
     )
+
+
+def test_an_address_that_is_not_this_machines_is_said(capsys):
+    assert app.main(["--model", "x", "--host", "192.0.2.1", "--port", "7860"]) == 2
+    assert capsys.readouterr().err == (
+        "error: Port 7860 of 192.0.2.1 cannot be opened: Cannot assign requested address. Choose another with --port or "
+        "--host.\n"
+    )
+
+
+@pytest.mark.parametrize("left", ["{", "[]", '{"name": 1}', "\xff"])
+def test_a_broken_manifest_is_for_the_page_to_say(tmp_path, left):
+    """`load` refuses it in words; whose name it would have been does not keep the port shut."""
+    (tmp_path / "manifest.json").write_bytes(left.encode("latin-1"))
+    assert Engine(str(tmp_path)).name == tmp_path.name
+
+
+def test_a_model_whose_name_no_file_can_have():
+    assert Engine("x" * 300).name == "x" * 300
 
 
 def test_a_port_that_is_none_is_said(capsys, monkeypatch):
     assert app.main(["--model", "x", "--port", "70000"]) == 2
     assert capsys.readouterr().err == (
-        "error: Port 70000 cannot be opened: bind(): port must be 0-65535. Choose another with --port.\n"
+        "error: Port 70000 of 0.0.0.0 cannot be opened: bind(): port must be 0-65535. Choose another with --port or "
+        "--host.\n"
     )
     monkeypatch.setenv("PORT", "http")
     with pytest.raises(SystemExit, match="2"):
