@@ -16,7 +16,7 @@ from finetune import pictures, preview, sight
 from finetune.card import FIGURES
 from finetune.chat_format import pictures_of, text_of
 from finetune.checks import ROOT
-from finetune.run_folder import Run, count_lines, quoted
+from finetune.run_folder import Run, count_lines, quoted, read_lines
 from finetune.words import CHINESE, in_chinese
 
 SIGNS = {  # of a figure's limit
@@ -235,7 +235,7 @@ def model_card(run: Run, origin: dict[str, str], proof: dict[str, Any], base_sha
 
 
 def metrics(run: Run) -> list[dict[str, Any]]:
-    return [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    return read_lines(run.folder / "metrics.jsonl")
 
 
 def write_page(file: Path, template: str, **values: Any) -> None:

@@ -196,8 +196,12 @@ class Run:
 
 
 def read_lines(file: Path) -> list[dict]:
-    with file.open(encoding="utf-8") as lines:
-        return [json.loads(line) for line in lines]
+    """Of a file that a stage left. Raises UserError for one that is damaged or gone."""
+    try:
+        with file.open(encoding="utf-8") as lines:
+            return [json.loads(line) for line in lines]
+    except (FileNotFoundError, ValueError) as error:
+        raise UserError(f"{file} is damaged or gone ({error}): {RESTORE}.") from None
 
 
 def count_lines(file: Path) -> int:

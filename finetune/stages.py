@@ -139,7 +139,7 @@ def train(run: Run) -> None:
             model = models.with_adapter(model, starter)
         for _ in training.train(model, batches or batches_of(run, values.steps, seen), values, run.folder, ask):
             pass
-    history = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    history = read_lines(run.folder / "metrics.jsonl")
     if training.asked(history):
         kept = training.best(history)
         say(
@@ -450,7 +450,7 @@ def compare(run: Run) -> None:
 def measured(run: Run) -> dict[str, Any]:
     """One line of the comparison: bytes, tokens/s while nothing but training goes on, seconds until the scorecard passed."""
     receipt, card = run.read("receipt.json"), run.read("scorecard.json")
-    metrics = [json.loads(line) for line in (run.folder / "metrics.jsonl").read_text().splitlines()]
+    metrics = read_lines(run.folder / "metrics.jsonl")
     tokens = seconds = 0.0
     for before, line in zip([{"tokens": 0, "seconds": 0.0}, *metrics], metrics, strict=False):
         if "dev_identity" not in before:  # else the time of asking is in between

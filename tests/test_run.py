@@ -19,8 +19,8 @@ import psutil
 import pytest
 
 from finetune import checks, run, settings, stages
-from finetune.errors import GateRefused
-from finetune.run_folder import RESTORE, Run
+from finetune.errors import GateRefused, UserError
+from finetune.run_folder import RESTORE, Run, read_lines
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPT = ROOT / "finetune" / "run.py"
@@ -461,6 +461,17 @@ def test_a_damaged_record_is_refused_in_words(start, world, name, mend, left):
     else:
         assert line.startswith(f"error: r/{name} is damaged or gone (")
         assert line.endswith(f"): {mend}")
+
+
+@pytest.mark.parametrize("left", [b'{"id": 1}\n{"id"', b"\xff", None])
+def test_damaged_rows_are_refused_in_words(tmp_path, left):
+    file = tmp_path / "metrics.jsonl"
+    if left:
+        file.write_bytes(left)
+    with pytest.raises(UserError) as refusal:
+        read_lines(file)
+    assert str(refusal.value).startswith(f"{file} is damaged or gone (")
+    assert str(refusal.value).endswith("): restore it from a copy, or make the run again in another folder (--run).")
 
 
 def test_a_run_without_data_yet_may_change_its_settings(start, world, tiny_model):
