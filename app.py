@@ -104,4 +104,5 @@ def serve(engine: Engine, listener: socket.socket, **api: Any) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # where its encoding lacks a letter; as standard error does
     sys.exit(main())

@@ -49,6 +49,12 @@ def main(arguments: list[str] | None = None) -> int:
             print(f"error: {problem}", file=sys.stderr, flush=True)  # whichever process it is
         return error.status
     except OSError as error:
+        if error.errno in (errno.EACCES, errno.EROFS) and error.filename:
+            say(
+                f"error: {error.filename}: {error.strerror}; change its permissions, or choose another folder (for the run's "
+                "--run, for the cache NAMESAKE_CACHE)."
+            )
+            return 2
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         say(
@@ -426,4 +432,5 @@ def newest_run() -> Path:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # where its encoding lacks a letter; as standard error does
     sys.exit(main())

@@ -745,6 +745,14 @@ def test_ctrl_c_says_one_line_and_exits_with_130(monkeypatch):
     assert err == "\nInterrupted. The same command goes on where it was. / 已中断，再次运行同一命令即可继续。\n"
 
 
+@pytest.mark.parametrize("file", [SCRIPT, ROOT / "app.py"], ids=lambda file: file.name)
+def test_letters_that_the_output_does_not_have_are_no_traceback(file):
+    env = {**os.environ, "PYTHONIOENCODING": "latin-1"}
+    done = subprocess.run([sys.executable, file, "--help"], env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "\\u" in done.stdout
+
+
 def test_a_full_disk_during_the_work_is_told_in_words(monkeypatch, capsys):
     def full(_):
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -754,4 +762,17 @@ def test_a_full_disk_during_the_work_is_told_in_words(monkeypatch, capsys):
     assert capsys.readouterr().err == (
         "error: The disk is full (No space left on device); free some space and run the same command again, it goes on "
         "there.\n"
+    )
+
+
+@pytest.mark.parametrize("code", [errno.EACCES, errno.EROFS])
+def test_what_may_not_be_read_or_written_is_told_in_words(monkeypatch, capsys, code):
+    def closed(_):
+        raise OSError(code, os.strerror(code), "r/receipt.json.tmp")
+
+    monkeypatch.setattr(run, "work", closed)
+    assert run.main([]) == 2
+    assert capsys.readouterr().err == (
+        f"error: r/receipt.json.tmp: {os.strerror(code)}; change its permissions, or choose another folder (for the run's --run, "
+        "for the cache NAMESAKE_CACHE).\n"
     )
