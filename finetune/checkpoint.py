@@ -10,13 +10,14 @@ import torch
 import torch.nn.functional as F
 from accelerate import PartialState
 from peft import PeftModel
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
 from finetune.chat_format import ChatFormat
+from finetune.errors import UserError
 from finetune.model import PROJECTOR, disk_errors, save
 
 STATE = "state.safetensors"  # in the folder checkpoint/
@@ -78,10 +79,15 @@ def load_weights(folder: Path, weights: dict[str, Tensor]) -> int:
     file = folder / STATE
     if not file.exists():
         return 0
-    with safe_open(file, "pt") as saved, torch.no_grad():
-        for name, weight in weights.items():
-            weight.copy_(saved.get_tensor(f"weight.{name}"))
-        return int(saved.metadata()["step"])
+    try:
+        with safe_open(file, "pt") as saved, torch.no_grad():
+            for name, weight in weights.items():
+                weight.copy_(saved.get_tensor(f"weight.{name}"))
+            return int(saved.metadata()["step"])
+    except SafetensorError as error:
+        raise UserError(
+            f"{file} is damaged ({error}): remove {folder} and run the same command again, it trains from the beginning."
+        ) from None
 
 
 def load_moments(folder: Path, weights: dict[str, Tensor], optimizer: torch.optim.Optimizer, step: int) -> None:

@@ -11,6 +11,7 @@ import itertools
 import json
 import random
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -404,7 +405,9 @@ def behaviour(model: PeftModel | PreTrainedModel, develop: Callable) -> dict:
     """What `develop` finds, as keys of metrics.jsonl."""
     with half_precision(model), torch.no_grad():
         if isinstance(model, PeftModel) and not getattr(core_of(model), "is_loaded_in_4bit", False):
-            model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", UserWarning)  # that the layers below `first_layer` are merged already
+                model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
             return {f"dev_{key}": value for key, value in develop(model).items()}
         found = develop(core_of(model.eval()))
     model.train()

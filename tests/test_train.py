@@ -7,6 +7,7 @@ import random
 import signal
 import subprocess
 import sys
+import warnings
 from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,6 +16,7 @@ from unittest import mock
 import bitsandbytes
 import pytest
 import torch
+from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -358,6 +360,25 @@ def test_an_adapter_is_there_as_a_whole_or_not_at_all(tiny_model, tmp_path):
     checkpoint.save_adapter(network, {"base": "b"}, tmp_path / "adapter")
     assert [file.name for file in tmp_path.iterdir()] == ["adapter"]
     assert json.loads((tmp_path / "adapter" / "namesake.json").read_text()) == {"base": "b"}
+
+
+def test_a_damaged_checkpoint_is_refused_in_words(tmp_path):
+    (file := tmp_path / checkpoint.STATE).write_bytes(b"")  # a power cut
+    with pytest.raises(UserError) as refusal:
+        checkpoint.load_weights(tmp_path, {})
+    assert str(refusal.value).startswith(f"{file} is damaged (")
+    assert str(refusal.value).endswith(
+        f"): remove {tmp_path} and run the same command again, it trains from the beginning."
+    )
+
+
+def test_asking_says_nothing_of_layers_that_are_merged_already(tiny_model):
+    network = add_lora(load(tiny_model), 1)
+    next(module for module in network.modules() if isinstance(module, LoraLayer)).merge()
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        training.behaviour(network, lambda model: {})
+    assert not [str(warning.message) for warning in told if "merged" in str(warning.message)]
 
 
 def test_a_full_disk_is_an_ordinary_error(tiny_model, tmp_path, monkeypatch):
