@@ -524,7 +524,17 @@ def _digest(file: File) -> str:
 
 def publish(ref: str, files: dict[str, Source], message: str) -> str:
     """Make the place hold `files`; only what changed is sent, and what an earlier publish left beside them goes. Afterwards
-    the place's own record is compared with them. Returns its revision. Raises Unreachable, UserError."""
+    the place's own record is compared with them. Of processes here that publish to one place, one does at a time. Returns its
+    revision. Raises Unreachable, UserError."""
+    place = target(ref)
+    name = str(Path(place.name).expanduser().resolve()) if place.kind == "dir" else place.name
+    lock = cache_dir() / "hub" / "publishing" / f"{transfer.source(name.encode()).sha256}.lock"
+    lock.parent.mkdir(parents=True, exist_ok=True)
+    with locked(lock, f"publishing to {ref}"):
+        return _publish(ref, files, message)
+
+
+def _publish(ref: str, files: dict[str, Source], message: str) -> str:
     place, send, remove, revision = changes(ref, files)
     if not (send or remove or revision is None):
         say(f"{ref} holds it already, nothing was sent. / 内容一致，无需上传。")

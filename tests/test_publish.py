@@ -8,6 +8,9 @@ import re
 import shlex
 import subprocess
 import sys
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -15,7 +18,7 @@ import yaml
 from conftest import with_manifest
 from servers import commit, giftless, git, log_in, mkdir, redirect, tree
 
-from finetune import hub, transfer
+from finetune import hub, places, transfer
 from finetune.errors import UserError
 from finetune.places import HUBS
 
@@ -108,6 +111,27 @@ def test_a_folder_that_leads_out_of_itself_is_left_alone(package, tmp_path, name
     with pytest.raises(UserError, match=rf"stick/{name} leads elsewhere \(a symbolic link\)"):
         hub.publish(f"dir:{tmp_path}/stick", files, "x")
     assert tree(tmp_path / "mine") == {"letter": transfer.source(b"dear").sha256}
+
+
+def test_two_at_once_take_turns(package, tmp_path, monkeypatch):
+    """Both would write into the same unfinished files."""
+    sending, sent = threading.Lock(), []
+
+    def send(*given, own=places.send):
+        assert sending.acquire(blocking=False)
+        time.sleep(0.2)
+        sent.append(own(*given))
+        sending.release()
+
+    monkeypatch.setattr(places, "send", send)
+    (tmp_path / "x").mkdir()
+    with ThreadPoolExecutor() as pool:
+        for _ in pool.map(
+            lambda ref: hub.publish(ref, package, "x"), [f"dir:{tmp_path}/x", f"{tmp_path}/../{tmp_path.name}/x"]
+        ):
+            pass
+    assert len(sent) == 1  # the other one found it done
+    assert tree(hub.pull(f"dir:{tmp_path}/x")) == wanted(package)
 
 
 def test_a_folder_with_other_things_is_left_alone(package, tmp_path):
