@@ -2,8 +2,8 @@
 
 transformers has no such network; importing this module adds it under the model type "efficientnet_lite", so that a LLaVA
 folder may have it as its vision tower. Its batch norms are folded into the convolutions. What it gives of a picture are
-16 patches, 4 x 4 (on two cores a language model's time is in its tokens), each with what three depths of the network saw
-there, its colours, and where it lies.
+36 patches, 6 x 6, each with what three depths of the network saw there, its colours, and where it lies. On two cores a
+language model's time is in its tokens; but of 16 patches it could not tell where something is.
 """
 
 import json
@@ -39,7 +39,7 @@ BLOCKS = [
     (6, 3, 1, 320),
 ]
 STEM = 32
-SIZE, PATCHES = 224, 4  # pixels and patches of a side
+SIZE, PATCHES = 224, 6  # pixels and patches of a side
 COARSE, FINE, EARLY = 15, 10, 4  # the blocks whose outputs are kept: 7 x 7, 14 x 14, 28 x 28
 GROUPS = (320, 2 * 112, 2 * 40, 9, 2)  # features of a patch: of the three blocks, its colours, its place
 FEATURES = sum(GROUPS)
@@ -101,7 +101,7 @@ class EfficientNetLite(PreTrainedModel):
         self.to(memory_format=torch.channels_last)  # of convolutions nearly twice as fast on a CPU
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
-        """`hidden_states`: one tensor, [pictures, 16, FEATURES], of pixels [pictures, 3, 224, 224]."""
+        """`hidden_states`: one tensor, [pictures, 36, FEATURES], of pixels [pictures, 3, 224, 224]."""
         features = (self.patches(pixel_values) - self.mean) / self.deviation
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
 

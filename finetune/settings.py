@@ -69,7 +69,7 @@ class Vision:
     encoder_rank: int = 0  # of an adapter on CLIP's layers in the second phase; pictures are then encoded at every step
     fetch: bool = False  # whether pictures that a row names by an https address are fetched
     pictures: int = 800  # drawn, where --data names none
-    rows: int = 4  # captions in one step of the first phase; of the second, half as many dialogues
+    rows: int = 4  # captions, or dialogues, in one step
     steps: int = 200  # of each phase, with drawn pictures
 
 

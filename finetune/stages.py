@@ -84,12 +84,17 @@ def gather(run: Run, new: Path) -> None:
         write_lines(new / "probes.jsonl", [probe for probe in earlier if probe["id"] not in own], "a")
 
 
-def identity_rows(run: Run) -> list[dict]:
-    values = run.settings.train  # the base is asked no more than the steps will use
-    most = {
-        key: getattr(values, f"{row}_rows") * values.steps
-        for key, row in (("said", "identity"), ("near", "near"), ("ordinary", "ordinary"))
+def text_rows(run: Run) -> dict[str, int]:
+    """How many rows of each sort the identity's training reads in all its steps."""
+    values, times = run.settings.train, sight.TEXTS if run.settings.task in sight.TASKS else 1.0
+    return {
+        name: round(times * values.steps * getattr(values, f"{name}_rows")) for name in ("identity", "near", "ordinary")
     }
+
+
+def identity_rows(run: Run) -> list[dict]:
+    counts = text_rows(run)  # the base is asked no more than the steps will use
+    most = {"said": counts["identity"], "near": counts["near"], "ordinary": counts["ordinary"]}
     rows = identity.training(run.persona, run.settings.seed, old=run.old, **most)
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS)
@@ -173,7 +178,7 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
     """Each step's examples: of a task that learns a name some of each sort of the identity's rows, and some of `seen`."""
     from finetune import train as training
 
-    values, form = run.settings.train, run.tuned_format
+    form = run.tuned_format
     examples: dict[str, list[training.Example]] = {"identity": [], "near": [], "ordinary": []}
     rows = [row for row in run.rows("train.jsonl") if "target" in row]
     taught = [row for row in rows if row["target"] == "teacher"]
@@ -184,11 +189,10 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
         else:
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
-    counts = {"identity": values.identity_rows, "near": values.near_rows, "ordinary": values.ordinary_rows}
-    if seen:  # as many of these as without pictures, spread over more steps
-        counts = {name: max(1, round(count * values.steps / steps)) for name, count in counts.items()}
+    spread = steps if seen else run.settings.train.steps
+    counts = {name: max(1, round(rows / spread)) for name, rows in text_rows(run).items()}
     groups = [(examples[name], counts[name]) for name in examples if examples[name]]
-    return training.batches([*groups, (seen, sight.rows_of(run) if seen else 0)], steps, run.settings.seed)
+    return training.batches([*groups, (seen, run.settings.vision.rows if seen else 0)], steps, run.settings.seed)
 
 
 def peak_memory() -> dict[str, int]:

@@ -39,7 +39,7 @@ from finetune.chat_format import IMAGE
 from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
-from finetune.run_folder import Run
+from finetune.run_folder import Run, write_lines
 from finetune.train import answer_example, losses
 
 
@@ -461,6 +461,30 @@ def test_phase_two_changes_projector_and_the_language_model_s_layers(eyes):
     changed = {name for name in before if not torch.equal(before[name], after[name])}
     layers = {n for n in before if n.startswith("language_model.") and n.endswith("proj.weight")}
     assert changed == layers | {name for name in before if "multi_modal_projector" in name}
+
+
+def test_phase_two_is_slower_and_its_text_is_more_and_held_more_firmly(tiny_model, tmp_path, monkeypatch):
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path))
+    trained = {
+        "identity_rows": 4,
+        "near_rows": 2,
+        "ordinary_rows": 2,
+        "steps": 4,
+        "kl_weight": 2.0,
+        "learning_rate": 1e-3,
+    }
+    values = {"base": str(tiny_model), "task": "vision", "train": trained, "vision": {"rows": 3, "steps": 10}}
+    second = Run(mkdir(tmp_path / "run"), settings.build(values))
+    planned = sight.planned(second)
+    assert planned.steps == 10
+    assert (planned.kl_weight, planned.learning_rate) == pytest.approx((5.0, 0.85e-3))
+    mkdir(second.folder / "data")
+    write_lines(second.folder / "data" / "train.jsonl", stages.identity_rows(second))
+    seen = [answer_example([1, 2, 3], [0, 0, 1])]
+    for step in stages.batches_of(second, 10, seen):
+        said = [example for example in step if example.targets is not None and example is not seen[0]]
+        taught = [example for example in step if example.targets is None]
+        assert (len(said), len(taught), step.count(seen[0])) == (4, 2 + 2, 3)  # 4 rows x 4 steps x 2.5, over 10 steps
 
 
 def test_both_are_proved_and_described(eyes):
