@@ -102,9 +102,8 @@ class Forward:
             tokens = torch.tensor([at for at, _ in singles])
             ends, first = positions[tokens], torch.tensor([span.start for _, span in singles])
             longest = int(ends.max()) + 1
-            step = (
-                max(128, 1 << max(0, (longest - 1).bit_length() - 3)) if recorded else 8
-            )  # else attention pads it anew
+            # Of few lengths, for recordings; else of as many as the attention takes without padding them in every layer.
+            step = max(128, 1 << max(0, (longest - 1).bit_length() - 3)) if recorded else 8
             ages = ends[:, None] - torch.arange(-(-longest // step) * step)
             where = (first + ends)[:, None] - ages.clamp(min=0)
             tokens = tokens.to(self.device) if self.alone else slice(None)

@@ -19,7 +19,7 @@ try:
 except ImportError:  # torch 2.6
     varlen_attn = None
 
-# Before torch 2.13 grouped queries are taken unasked.
+# Torch 2.11 takes grouped queries unasked, 2.13 where it is told.
 GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 WIDTH = 16  # a band's width is a multiple of this: few different shapes, which GPU kernels are built for
 WINDOW = 1000  # sequences among which `fill` looks for those that fit together

@@ -27,7 +27,7 @@ from finetune import records, sight, stages, tasks
 from finetune.chat_format import ChatFormat, Rendered, text_of
 from finetune.embedded import say
 from finetune.errors import UserError
-from finetune.run_folder import Run
+from finetune.run_folder import Run, read_lines
 
 SAMPLE, CHARACTERS = 1000, 4_000_000  # rows that are tokenized, and of these so many characters; the others are counted
 TOKENS = 400  # that are shown of one row
@@ -170,7 +170,7 @@ def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) 
             for step in steps:
                 if step >= least and time.perf_counter() - began > TRIAL_SECONDS:
                     break
-        history = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+        history = read_lines(Path(folder) / "metrics.jsonl")
     tokens_at, seconds_at = ([0.0, *(line[key] for line in history)] for key in ("tokens", "seconds"))
     settled = (len(history) + 1) // 2  # before, it warms up; on a GPU layers may be compiled
     rate = (tokens_at[-1] - tokens_at[settled]) / (seconds_at[-1] - seconds_at[settled])

@@ -109,14 +109,8 @@ def test_logits_are_transformers_own(kind, together, fast):
     forward.records = together == 2 and forward.layers is not None
     starts, past = [0, 60, 110], [0, 0, 0]
     most = 0.0
-    for pieces in (
-        (12, 1, 5),
-        (1, 9, 1),
-        (14, 1, 1),
-        (1, 1, 1),
-        (1, 1, 1),
-        (1, 10, 22),
-    ):  # prompts in pieces among single tokens
+    # prompts in pieces among single tokens
+    for pieces in ((12, 1, 5), (1, 9, 1), (14, 1, 1), (1, 1, 1), (1, 1, 1), (1, 10, 22)):
         spans = [Span(starts[i], past[i], texts[i][past[i] : past[i] + n]) for i, n in enumerate(pieces)]
         found = forward.logits(forward(spans))
         past = [p + n for p, n in zip(past, pieces, strict=True)]
