@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image
 from safetensors import SafetensorError, safe_open
@@ -294,10 +295,23 @@ class Eyes:
         self.features: dict[int, Tensor] = {}  # [patches, features of one] by number; the oldest first
         self.most: int | None = None  # pictures that are kept
         self.watched: dict[int, str] = {}  # those that are encoded whenever they are used, by number
+        as_they_are = {"do_pad": False, "do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
+        every = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
+        # What the processor makes of each shade, [3, 256]: looked up where the encoder is, which is faster there.
+        self.shades = self.processor(every, **as_they_are)["pixel_values"][0, :, 0].to(model.device)
 
     def pixels(self, images: Sequence[Image.Image]) -> Tensor:
-        """[pictures, 3, height, width]"""
-        return self.processor([self._small(image) for image in images], return_tensors="pt")["pixel_values"]
+        """[pictures, 3, height, width], as the processor makes them."""
+        return self._shaded(self._shrunk(images))
+
+    def _shrunk(self, images: Sequence[Image.Image]) -> Tensor:
+        """[pictures, 3, height, width] of bytes."""
+        plain = {"do_rescale": False, "do_normalize": False, "return_tensors": "pt"}
+        return self.processor([self._small(image) for image in images], **plain)["pixel_values"]
+
+    def _shaded(self, shrunk: Tensor) -> Tensor:
+        shrunk = shrunk.to(self.shades.device).int()
+        return torch.stack([shades[shrunk[:, i]] for i, shades in enumerate(self.shades)], 1)
 
     def _small(self, image: Image.Image) -> Image.Image:
         """The picture as the processor pads and shrinks it, byte for byte; Pillow alone is quicker and lets other threads run."""
@@ -357,9 +371,9 @@ class Eyes:
                     ThreadPoolExecutor() as pool,
                     tqdm(total=len(files), desc="Looking at the pictures", unit="picture") as bar,
                 ):
-                    pixels = ahead(pool, lambda file: self.pixels([opened(file)]), files.values(), 4 * BATCH)
-                    while batch := list(itertools.islice(pixels, BATCH)):
-                        found.append(self._encode(torch.cat(batch)).cpu())
+                    shrunk = ahead(pool, lambda file: self._shrunk([opened(file)]), files.values(), 4 * BATCH)
+                    while batch := list(itertools.islice(shrunk, BATCH)):
+                        found.append(self._encode(self._shaded(torch.cat(batch))).cpu())
                         bar.update(len(batch))
                 with models.disk_errors(cached):
                     save_file({"features": torch.cat(found)}, new := cached.with_suffix(".tmp"))
