@@ -75,7 +75,9 @@ class Engine:
         self.folder: Path | None = None  # the model's, once it is here
         self.origin: dict[str, str] = {}  # "base_model" and "license"
         self.ended: deque[float] = deque(maxlen=32)  # when the last answers did, since there was nothing to do
-        self.inbox: queue.SimpleQueue = queue.SimpleQueue()  # of calls for the decoder's thread; None ends it
+        # Calls for the decoder's thread, of who has come, where None ends it, and of who has left.
+        self.inbox: queue.SimpleQueue = queue.SimpleQueue()
+        self.leaving: deque[Callable[[], None]] = deque()
 
     def load(self) -> None:
         """Fetch and load the model; never raises, `status` and `message` say how it went."""
@@ -237,7 +239,7 @@ class Engine:
         def cancel() -> None:
             nonlocal cancelled
             cancelled = True
-            self.inbox.put(stop)
+            self.leaving.append(stop)
 
         def ahead() -> int:
             waiting = list(self.decoder.waiting)
@@ -263,6 +265,8 @@ class Engine:
                         self.ended.clear()
                         self.ended.append(time.monotonic())
                     idle = False
+                while self.leaving:
+                    self.leaving.popleft()()
                 for step in self.decoder.step():
                     if step.row in self.listeners and self.listeners[step.row](step.token, step.done):
                         del self.listeners[step.row]

@@ -6,6 +6,7 @@ import os
 import random
 import socket
 import subprocess
+import threading
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
@@ -16,7 +17,7 @@ import pytest
 from test_app import ScriptedEngine, serving, until
 
 from finetune import api
-from finetune.engine import Engine, Text
+from finetune.engine import Engine, Request, Text, pieces
 
 ROOT = Path(__file__).parent.parent
 ASK = [{"role": "user", "content": "Who are you?"}]
@@ -300,6 +301,31 @@ def test_who_has_not_asked_for_a_minute_is_forgotten(monkeypatch):
 def test_the_visitors_address_behind_proxies(peer, forwarded, visitor):
     headers = {} if forwarded is None else {"x-forwarded-for": forwarded}
     assert api.address(SimpleNamespace(client=SimpleNamespace(host=peer), headers=headers)) == visitor
+
+
+def test_who_has_left_is_not_counted_as_waiting(engine, monkeypatch):
+    """While the decoder is at a step many can go: whoever comes then has nobody before them."""
+    monkeypatch.setattr("finetune.engine.WAITING", 3)
+    step, at_a_step, go_on = engine.decoder.step, threading.Event(), threading.Event()
+
+    def slow():
+        at_a_step.set()
+        assert go_on.wait(30)
+        return step()
+
+    monkeypatch.setattr(engine.decoder, "step", slow)
+    request = Request(ASK, temperature=0, max_tokens=4, owner=0)
+    first = engine.submit(request, lambda piece: None)
+    assert at_a_step.wait(30)
+    for _ in range(5):
+        first.cancel()
+    said = []
+    second = pieces(engine, request)
+    heard = threading.Thread(target=lambda: said.extend(piece.text for piece in second))
+    heard.start()
+    go_on.set()
+    heard.join(30)
+    assert "".join(said) == alone(engine, ASK, 4)[0]
 
 
 def test_a_full_queue_and_a_decoder_that_fails(script, monkeypatch):
