@@ -18,6 +18,7 @@ from finetune.forward import Adapter, Forward, Span
 
 ROWS = {"cpu": 64, "cuda": 128}  # conversations decoded together
 CHUNK = {"cpu": 128, "cuda": 2048}  # tokens of prompts that a step reads beside them: what the others wait for
+RECENT = 16  # blocks of one owner among which the longest beginning is looked for: of hundreds it would take as long as a step
 LIKELY = 256  # tokens among which the nucleus is looked for before all are sorted
 
 
@@ -170,14 +171,16 @@ class Decoder:
         size = len(row.prompt) + row.most - 1  # the last token never goes through the model
         if sum(block.size for block in self.blocks if block.busy) + size > self.forward.room:
             return None
-        shared = {id(b): common(b.ids, row.prompt[:-1]) for b in self.blocks if b.owner == row.owner}
+        own = [block for block in self.blocks if block.owner == row.owner][-RECENT:]
+        shared = {id(block): common(block.ids, row.prompt[:-1]) for block in own}
         # The block to go on from is the last to be given up for this one.
         idle = sorted((b for b in self.blocks if not b.busy), key=lambda b: shared.get(id(b), 0))
         while (start := self._gap(size)) is None:
             if not idle:
                 return None
-            self.blocks.remove(idle.pop(0))
-        best = max((b for b in self.blocks if id(b) in shared), key=lambda b: shared[id(b)], default=None)
+            self.blocks.remove(gone := idle.pop(0))
+            shared.pop(id(gone), None)
+        best = max((b for b in own if id(b) in shared), key=lambda b: shared[id(b)], default=None)
         row.reused = shared[id(best)] if best else 0
         if row.reused:
             self.forward.copy(best.start, start, row.reused)
