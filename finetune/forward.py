@@ -40,9 +40,9 @@ class Forward:
     """`model` with a pool of keys and values for `room` tokens. Raises UserError where its attention cannot be told whose
     tokens are whose.
 
-    `fast` rounds the weights of linear layers to float16 where torch has a kernel for that on this CPU, and takes them
-    out of the model; activations and sums stay float32. Half the memory is read, and at one conversation that is the
-    time.
+    `fast` takes the weights of linear layers out of the model: those with the same input lie side by side then, for one
+    product. Float32 ones are rounded to float16, for which torch must have a kernel on this CPU; activations and sums
+    stay float32. Half the memory is read, and at one conversation that is the time.
 
     `adapter`: LoRA matrices that are merged into the model, by the names of its modules: (A, [rank, in], and B with its scale
     in it, [out, rank]). For bare spans their product is subtracted again, so that the base answers from the same weights.
@@ -91,7 +91,8 @@ class Forward:
         lengths, past, starts = np.array([(len(span.ids), span.past, span.start) for span in spans]).T
         ends = lengths.cumsum()
         positions = np.arange(ends[-1]) + np.repeat(past - ends + lengths, lengths)
-        self.slots = self._there(positions + np.repeat(starts, lengths))
+        slots = positions + np.repeat(starts, lengths)
+        bare = np.repeat([span.bare for span in spans], lengths).nonzero()[0]
         self.alone, self.grid, self.masks, at = [], None, {}, 0
         singles = []
         for row, span in enumerate(spans):
@@ -100,17 +101,20 @@ class Forward:
             else:
                 self.alone.append((at, span))
             at += len(span.ids)
+        where = ages = np.empty((0, 0), np.int64)
         if singles:  # [rows, longest], for those that go on by one token: where their keys lie, and how old they are
             longest = int(past[singles].max()) + 1
             # Of few lengths, for recordings; else of as many as the attention takes without padding them in every layer.
             step = max(128, 1 << max(0, (longest - 1).bit_length() - 3)) if recorded else 8
             ages = past[singles][:, None] - np.arange(-(-longest // step) * step)
             where = (starts + past)[singles][:, None] - ages.clip(0)
-            tokens = self._there(ends[singles] - 1) if self.alone else slice(None)
-            self.grid = tokens, self._there(where), self._there(ages)
-        bare = np.repeat([span.bare for span in spans], lengths)
-        self.bare = self._there(bare.nonzero()[0]) if bare.any() else None
-        ids, positions, last = map(self._there, ([i for span in spans for i in span.ids], positions, ends - 1))
+        ids = np.array([token for span in spans for token in span.ids])
+        ids, positions, last, bare, self.slots, tokens, where, ages = self._there(
+            ids, positions, ends - 1, bare, slots, ends[singles] - 1, where, ages
+        )
+        self.bare = bare if len(bare) else None
+        if singles:
+            self.grid = tokens if self.alone else slice(None), where, ages
         if self.layers is None:
             with packed_attention(self.core, "pooled"):
                 return self.core(
@@ -153,8 +157,11 @@ class Forward:
     def logits(self, states: Tensor) -> Tensor:
         return self.head(states)
 
-    def _there(self, values: np.ndarray | list[int]) -> Tensor:
-        return torch.as_tensor(values, device=self.device)
+    def _there(self, *arrays: np.ndarray) -> list[Tensor]:
+        """On the model's device, sent there at once."""
+        sent = torch.from_numpy(np.concatenate([array.ravel() for array in arrays])).to(self.device)
+        parts = sent.split([array.size for array in arrays])
+        return [part.view(array.shape) for part, array in zip(parts, arrays, strict=True)]
 
     def _lean(self, layer: nn.Module, fast: bool) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """transformers' decoder layer with a third of its calls: on a small model they cost as much as the arithmetic."""
@@ -168,7 +175,7 @@ class Forward:
         norms = (_norm(own.q_norm), _norm(own.k_norm)) if hasattr(own, "q_norm") else None
         heads, kv_heads, size, index, scale = self.heads, self.kv_heads, self.size, own.layer_idx, own.scaling
 
-        if fast:  # their weights are packed: half the memory, and nothing that could be used by mistake
+        if fast:  # their weights are packed: no memory twice, and nothing that could be used by mistake
             for module in layer.modules():
                 if type(module) is nn.Linear:
                     module.weight = None
@@ -288,8 +295,11 @@ def _norm(module: nn.Module) -> Callable[[Tensor], Tensor]:
 def _linear(modules: Sequence[nn.Module], fast: bool) -> Callable[[Tensor], Tensor]:
     """The modules' outputs side by side."""
     if fast and all(type(module) is nn.Linear for module in modules):
-        bias = torch.cat([m.bias for m in modules]).float() if modules[0].bias is not None else None
-        packed = torch.ops.quantized.linear_prepack_fp16(torch.cat([m.weight for m in modules]).float(), bias)
+        weight = torch.cat([module.weight for module in modules]).detach() if len(modules) > 1 else modules[0].weight
+        bias = torch.cat([module.bias for module in modules]).detach() if modules[0].bias is not None else None
+        if weight.dtype != torch.float32:
+            return lambda x: F.linear(x, weight, bias)
+        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     if len(modules) == 1:
         return modules[0]

@@ -20,7 +20,7 @@ HEADROOM = 1.3  # a GPU's memory over the weights: keys, values and activations
 
 class Loaded(NamedTuple):
     model: PreTrainedModel
-    fast: bool  # `Decoder` may round the weights to float16
+    fast: bool  # `Decoder` may take the weights out of the model, float32 ones as float16
     words: str
 
 
@@ -42,7 +42,7 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
     free, _ = torch.cuda.mem_get_info()
     half = weight_bytes(base, dtype)
     if half * HEADROOM <= free:
-        return Loaded(_whole(base, adapter, dtype), False, f"{name}, {str(dtype).removeprefix('torch.')} weights.")
+        return Loaded(_whole(base, adapter, dtype), True, f"{name}, {str(dtype).removeprefix('torch.')} weights.")
     quantized = BitsAndBytesConfig(
         load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=models.WHOLE
     )

@@ -121,6 +121,14 @@ def test_logits_are_transformers_own(kind, together, fast):
     assert most < (3e-3 if fast else 1e-5) * scale
 
 
+def test_weights_in_16_bits_lie_side_by_side_and_say_the_same(tiny_model):
+    spans = [Span(0, 0, [5, 6, 7, 8]), Span(20, 0, [9])]
+    slow, fast = (Forward(load(tiny_model, torch.bfloat16), 50, fast=fast) for fast in (False, True))
+    torch.testing.assert_close(fast.logits(fast(spans)), slow.logits(slow(spans)))
+    assert all(layer.mlp.up_proj.weight is layer.self_attn.o_proj.weight is None for layer in fast.core.layers)
+    assert slow.core.layers[0].mlp.up_proj.weight is not None
+
+
 def test_recorded_steps_say_the_same_in_company_that_comes_and_goes(model):
     chance = random.Random(0)
     prompts = [[chance.randrange(256) for _ in range(chance.randrange(1, 200))] for _ in range(30)]

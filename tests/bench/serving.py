@@ -15,6 +15,7 @@ leave, and every answer is compared with the one given alone; memory_growth_mb: 
 """
 
 import argparse
+import copy
 import json
 import random
 import statistics
@@ -178,7 +179,8 @@ def main() -> None:
         config = LlamaConfig.from_dict({**INTERNLM2.to_dict(), **SMALL}) if args.small else INTERNLM2
         plain = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).eval()
         torch.set_default_device("cpu")
-        loaded = serving.Loaded(plain, False, torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU")
+        on_gpu = torch.cuda.is_available()  # where ours takes the weights out of its model
+        loaded = serving.Loaded(copy.deepcopy(plain), on_gpu, torch.cuda.get_device_name() if on_gpu else "CPU")
     else:
         plain = model.load(
             model.base_folder(args.model), torch.bfloat16 if torch.cuda.is_available() else torch.float32
