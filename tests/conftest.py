@@ -19,6 +19,25 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
+LONG = (
+    "default",
+    "train",
+    "app",
+    "pipeline",
+    "space",
+    "vision",
+    "methods",
+    "merge",
+    "readme",
+    "preview",
+)  # longest first
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The quick files come first, then those that take long, the longest first, so that all workers end at about one time."""
+    order = {f"test_{name}": place for place, name in enumerate(LONG, 1)}
+    items.sort(key=lambda item: order.get(item.path.stem, 0))
+
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
