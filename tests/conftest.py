@@ -19,18 +19,8 @@ TEMPLATE = (
     "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
 )
 
-LONG = (
-    "default",
-    "train",
-    "app",
-    "pipeline",
-    "space",
-    "vision",
-    "methods",
-    "merge",
-    "readme",
-    "preview",
-)  # longest first
+# Test files, the longest first.
+LONG = ["default", "train", "app", "pipeline", "space", "vision", "methods", "merge", "readme", "preview"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
