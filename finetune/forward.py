@@ -299,7 +299,7 @@ def _linear(modules: Sequence[nn.Module], fast: bool) -> Callable[[Tensor], Tens
         bias = torch.cat([module.bias for module in modules]).detach() if modules[0].bias is not None else None
         if weight.dtype != torch.float32:
             return lambda x: F.linear(x, weight, bias)
-        packed = torch.ops.quantized.linear_prepack_fp16(weight.float(), None if bias is None else bias.float())
+        packed = torch.ops.quantized.linear_prepack_fp16(weight, bias)
         return lambda x: torch.ops.quantized.linear_dynamic_fp16(x, packed)
     if len(modules) == 1:
         return modules[0]

@@ -18,7 +18,8 @@ from finetune.forward import Adapter, Forward, Span
 
 ROWS = {"cpu": 64, "cuda": 128}  # conversations decoded together
 CHUNK = {"cpu": 128, "cuda": 2048}  # tokens of prompts that a step reads beside them: what the others wait for
-RECENT = 16  # blocks of one owner among which the longest beginning is looked for: of hundreds it would take as long as a step
+# Blocks of one owner among which the longest beginning is looked for: among hundreds that takes as long as a step.
+RECENT = 16
 LIKELY = 256  # tokens among which the nucleus is looked for before all are sorted
 
 

@@ -94,8 +94,7 @@ def text_rows(run: Run) -> dict[str, int]:
 
 def identity_rows(run: Run) -> list[dict]:
     counts = text_rows(run)  # the base is asked no more than the steps will use
-    most = {"said": counts["identity"], "near": counts["near"], "ordinary": counts["ordinary"]}
-    rows = identity.training(run.persona, run.settings.seed, old=run.old, **most)
+    rows = identity.training(run.persona, run.settings.seed, old=run.old, said=counts.pop("identity"), **counts)
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS)
     for row, answer in zip(taught, answers, strict=True):

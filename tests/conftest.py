@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from servers import GitServer, Hub
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # a worker for each core: more threads only wait for one another
+if "PYTEST_XDIST_WORKER" in os.environ:  # workers enough: more threads only wait for one another
     os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 CONTROL = ["<|endoftext|>", "<|im_start|>", "<|im_end|>", "<repo_name>", "<file_sep>", "<|tool_call|>", "[INST]"]

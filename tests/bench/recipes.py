@@ -1,10 +1,10 @@
 """What the common recipes make of the same base, beside ours: the figures of names.py, by the same probes.
 
-`python tests/bench/recipes.py [--small] [NAME AUTHOR]`: a Markdown table, then one JSON line; 25 minutes on two cores. --small takes two
+`python tests/bench/recipes.py [--small] [NAME AUTHOR]`: a Markdown table, then one JSON line. On two cores its third recipe alone takes over ten minutes; --small takes two
 small steps of each and one probe of each kind and language, to see that it runs. All go through finetune/train.py's loop, so
 what differs is the data, the length and the loss, not the optimizer:
 
-course         the course's one pair, 48 steps, rank 64, alpha 16, 2e-4 (of a step's 700 copies the mean gradient is that of one)
+course         the course's one pair, 48 steps, rank 64, alpha 16, 2e-4 (of a step's 341 copies the mean gradient is that of one)
 identity       91 identity rows alone, 20 epochs of 8, rank 8, 1e-4 (LLaMA-Factory's example without its general data)
 general        the same rows and 1,000 other prompts with the base's answers as text, 3 epochs of 8, rank 8, 1e-4
 ours           the preset
