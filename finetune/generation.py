@@ -256,9 +256,10 @@ def complete(
     max_new_tokens: int,
     *,
     batch: int | None = None,
+    sampling: Sampling = GREEDY,
     progress: Callable[[int], object] = lambda done: None,
 ) -> list[Answer]:
-    """Greedy answers to all prompts, in their order, `batch` at once."""
+    """Answers to all prompts, in their order, `batch` at once; where they are drawn, each with a seed of its own."""
     if not prompts or not max_new_tokens:
         return [Answer([], torch.empty(0, 0))] * len(prompts)
     device, lengths = model.device.type, [len(prompt) + max_new_tokens for prompt in prompts]
@@ -266,7 +267,8 @@ def complete(
     room = max(rows * sum(lengths) // len(lengths), *lengths)  # for so many of middling length
     decoder = Decoder(model, stop_ids, room, rows=rows, chunk=2 * CHUNK[device])
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # so that beginnings are shared
-    states = {decoder.add(prompts[i], max_new_tokens): [] for i in order}
+    seeds = [sampling.seed if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]
+    states = {decoder.add(prompts[i], max_new_tokens, sampling._replace(seed=seeds[i])): [] for i in order}
     while decoder.rows or decoder.waiting:
         for step in decoder.step():
             states[step.row].append(step.state)

@@ -291,15 +291,16 @@ def _teacher(
 
 
 @cache
-def contrast(lang: str, kind: str) -> list[str]:
+def contrast(lang: str, kind: str, whole: bool = False) -> list[str]:
     """All "near" or "ordinary" prompts of a language, without repetition, families mixed; a family's "share" says how many
-    of its prompts come among the first, 1 if it is not there."""
+    of its prompts come among the first, 1 if it is not there. `whole` takes each item with all patterns of its family."""
     shares: dict[str, tuple[str, float]] = {}  # a prompt and how soon its family is to come, by its normal form
     for family in read("contrast", lang)[kind].values():
         prompts = list(family.get("prompts", []))
         for index, item in enumerate(family.get("items", [])):
             filling = dict(zip(("{x}", "{y}"), [item] if isinstance(item, str) else item, strict=False))
-            patterns, each = family["patterns"], family["each"]
+            patterns = family["patterns"]
+            each = len(patterns) if whole else family["each"]
             prompts += [_fill(patterns[(index * each + step) % len(patterns)], filling) for step in range(each)]
         shares |= {normalise(prompt): (prompt, family.get("share", 1)) for prompt in prompts}
     # A random order in which each place is drawn in proportion to the shares (Efraimidis and Spirakis 2006).

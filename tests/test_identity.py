@@ -355,3 +355,12 @@ def test_what_a_step_makes_of_the_rows(tiny_model, tmp_path, monkeypatch):
         assert sum("2+2?" in text for text in followed) == 1
         assert not [text for text in followed if "Hm" in text]
     assert asked == [[system, turns("Who is Bo?")[0]], turns("Who is Al?"), turns("2+2?")]
+
+
+@pytest.mark.parametrize("lang", identity.LANGS)
+def test_whole_families_hold_every_item_with_every_pattern(lang):
+    family = identity.read("contrast", lang)["ordinary"]["country_capitals"]
+    asked = {pattern.replace("{x}", item) for pattern in family["patterns"] for item in family["items"]}
+    whole = identity.contrast(lang, "ordinary", whole=True)
+    assert {identity.normalise(prompt) for prompt in asked} <= {identity.normalise(prompt) for prompt in whole}
+    assert len(whole) > 2 * len(identity.contrast(lang, "ordinary"))

@@ -43,14 +43,11 @@ def test_a_shipped_starter_fits_its_preset(name):
 
 def test_making_one(tiny_model, tmp_path, monkeypatch):
     """The whole way on a tiny base, with few prompts; then a new adapter begins where it ends."""
-    training = identity.training
-
-    def few(*args, near, ordinary):
-        return training(*args, near=min(near, 40), ordinary=min(ordinary, 10))
-
-    monkeypatch.setattr(identity, "training", few)
+    contrast = identity.contrast
+    monkeypatch.setattr(identity, "contrast", lambda lang, kind, whole=False: contrast(lang, kind, whole)[:40])
+    monkeypatch.setattr(starter, "MADE_UP", 20)
     monkeypatch.setattr(starter, "STEPS_PER_NAME", 2)
-    changes = ["train.rank=2", "train.steps=5", "train.identity_rows=2", "train.near_rows=4", "train.ordinary_rows=1"]
+    changes = ["train.rank=2", "train.steps=5", "train.identity_rows=2", "train.near_rows=4", "train.ordinary_rows=2"]
     starter.make(tmp_path / "made", f"base='{tiny_model}'", *changes)
     lines = (tmp_path / "made" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in lines] == [1, 2, 3, 4, 5]
