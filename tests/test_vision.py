@@ -477,7 +477,7 @@ def test_phase_two_is_slower_and_its_text_is_more_and_held_more_firmly(tiny_mode
     second = Run(mkdir(tmp_path / "run"), settings.build(values))
     planned = sight.planned(second)
     assert planned.steps == 10
-    assert (planned.kl_weight, planned.learning_rate) == pytest.approx((2.5, 0.85e-3))
+    assert (planned.kl_weight, planned.learning_rate) == pytest.approx((3.2, 0.85e-3))
     mkdir(second.folder / "data")
     write_lines(second.folder / "data" / "train.jsonl", stages.identity_rows(second))
     seen = [answer_example([1, 2, 3], [0, 0, 1])]
