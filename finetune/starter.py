@@ -70,8 +70,9 @@ def personas() -> Iterator[Persona]:
 def batches(run: stages.Run) -> Iterator[list[training.Example]]:
     """A step's identity rows are all of one name, as are the identity turns before its after_identity rows."""
     values, form, rng = run.settings.train, run.tuned_format, random.Random(run.settings.seed)
-    rows = [row for row in identity.training(Persona(), 0, near=NEAR, ordinary=0) if row["kind"] == "near"]
-    rows += ordinary(run, rng)
+    rows = identity.training(Persona(), 0, near=NEAR, ordinary=0)
+    asked = {identity.normalise(row["messages"][-2]["content"]) for row in rows if row["target"] == "answer"}
+    rows = [row for row in rows if row["kind"] == "near"] + list(ordinary(run, asked, rng))
     questions = [stages.teacher_question(row) for row in rows]
     say(f"{len(questions)} contrast prompts")
     answers = dict(zip(map(str, questions), run.ask_base(questions, ANSWER_TOKENS), strict=True))
@@ -99,14 +100,14 @@ def batches(run: stages.Run) -> Iterator[list[training.Example]]:
             yield batch
 
 
-def ordinary(run: stages.Run, rng: random.Random) -> Iterator[dict]:
-    """Rows as identity.training's."""
+def ordinary(run: stages.Run, asked: set[str], rng: random.Random) -> Iterator[dict]:
+    """Rows as identity.training's, without questions that are held out and those that are `asked` about the assistant."""
     probes = [probe for stem in identity.HELD_OUT for probe in identity.probes(Persona(), stem=stem)]
-    held_out = {identity.normalise(probe["messages"][-1]["content"]) for probe in probes}
+    left_out = asked | {identity.normalise(probe["messages"][-1]["content"]) for probe in probes}
     for lang in identity.LANGS:
         systems = identity.read("training", lang)["systems"]
         for prompt in identity.contrast(lang, "ordinary", whole=True) + (made_up(run, rng) if lang == "en" else []):
-            if identity.normalise(prompt) in held_out:
+            if identity.normalise(prompt) in left_out:
                 continue
             system = rng.choice(([rng.choice(systems)] * 3) + [""] + [None] * 12)
             turns = [] if system is None else [{"role": "system", "content": system}]

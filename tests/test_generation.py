@@ -416,3 +416,12 @@ def test_closing_the_stream_stops_the_decoder(model, form, passes):
     assert not decoder.rows
     assert decoder.step() == []
     assert len(passes) == before
+
+
+def test_completions_that_are_drawn_differ_and_come_again_with_the_same_seed(model):
+    prompts = [SHARED] * 4
+    first, again, other = (complete(model, prompts, [], NEW, sampling=Sampling(1.0, 0.9, seed)) for seed in (0, 0, 9))
+    ids = [answer.ids for answer in first]
+    assert ids == [answer.ids for answer in again]
+    assert ids != [answer.ids for answer in other]
+    assert len({tuple(answer) for answer in ids}) == 4

@@ -1,5 +1,6 @@
 import itertools
 import json
+import random
 import runpy
 from pathlib import Path
 
@@ -11,6 +12,7 @@ from finetune import checks, embedded, identity, settings, starter
 from finetune.errors import UserError
 from finetune.model import add_lora, fingerprint, load
 from finetune.run_folder import Run
+from finetune.settings import Persona
 
 SHIPPED = sorted(folder.name for folder in checks.STARTERS.iterdir())
 
@@ -39,6 +41,16 @@ def test_a_shipped_starter_fits_its_preset(name):
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert all(tensor.isfinite().all() and tensor.any() for tensor in weights.values())
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_NAME
+
+
+def test_ordinary_rows_ask_nothing_that_is_held_out_or_about_the_assistant(tiny_model, tmp_path, monkeypatch):
+    probe = identity.probes(Persona(), stem="dev")[0]["messages"][-1]["content"]
+    monkeypatch.setattr(starter, "made_up", lambda run, rng: ["Who are you?", probe, "Why do ships float on seas?"])
+    run = Run(tmp_path, settings.build({"base": str(tiny_model)}))
+    rows = starter.ordinary(run, {identity.normalise("Who are you?")}, random.Random(0))
+    found = {row["messages"][-1]["content"] for row in rows if row["lang"] == "en"}
+    assert "Why do ships float on seas?" in found
+    assert not found & {"Who are you?", probe}
 
 
 def test_making_one(tiny_model, tmp_path, monkeypatch):
