@@ -9,6 +9,8 @@ On a GPU a step of single tokens alone is recorded as a CUDA graph: its thousand
 otherwise are the time. Recordings are for a few sizes, which rows of nobody fill up.
 """
 
+import contextlib
+import functools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -16,6 +18,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from transformers import AttentionInterface, PreTrainedModel
 
 from finetune.errors import UserError
@@ -24,6 +27,8 @@ from finetune.packing import packed_attention
 
 Adapter = Mapping[str, tuple[Tensor, Tensor]]
 MOST_RECORDED = 1 << 18  # rows x keys of a recorded step: a GB of keys and values side by side, of InternLM2-1.8B
+# cuDNN's attention plans anew for every length that comes, half a millisecond a layer: seven times as long for short prompts.
+KERNELS = [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 LLAMA_LIKE = ("llama", "mistral", "qwen2", "qwen3")  # model types whose layers `_layer` computes as transformers does
 
 
@@ -59,6 +64,7 @@ class Forward:
             )
         self.model, self.core, self.device, self.room = model, core, model.device, room
         self.together = self.device.type != "cpu"
+        self.kernels = functools.partial(sdpa_kernel, KERNELS) if self.together else contextlib.nullcontext
         config = model.config.get_text_config()
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.size = getattr(config, "head_dim", None) or config.hidden_size // self.heads
@@ -221,20 +227,21 @@ class Forward:
         values.index_copy_(1, self.slots, value.transpose(0, 1).to(keys.dtype))
         query = query.to(keys.dtype)
         seen = torch.empty_like(query)
-        for at, (start, past, ids, _) in self.alone:
-            n, end = len(ids), start + past + len(ids)
-            k, v = keys[None, :, start:end], values[None, :, start:end]
-            if n == 1 and not window:  # the heads that share a key as if they were tokens
-                q = query[at].view(1, self.kv_heads, -1, self.size)
-                seen[at] = F.scaled_dot_product_attention(q, k, v, scale=scale).view(-1, self.size)
-                continue
-            q, mask = query[None, at : at + n].transpose(1, 2), None
-            if past or window:
-                mask = self._mask(n, past, window)
-            found = F.scaled_dot_product_attention(
-                q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
-            )
-            seen[at : at + n] = found[0].transpose(0, 1)
+        with self.kernels():
+            for at, (start, past, ids, _) in self.alone:
+                n, end = len(ids), start + past + len(ids)
+                k, v = keys[None, :, start:end], values[None, :, start:end]
+                if n == 1 and not window:  # the heads that share a key as if they were tokens
+                    q = query[at].view(1, self.kv_heads, -1, self.size)
+                    seen[at] = F.scaled_dot_product_attention(q, k, v, scale=scale).view(-1, self.size)
+                    continue
+                q, mask = query[None, at : at + n].transpose(1, 2), None
+                if past or window:
+                    mask = self._mask(n, past, window)
+                found = F.scaled_dot_product_attention(
+                    q, k, v, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=True
+                )
+                seen[at : at + n] = found[0].transpose(0, 1)
         if self.grid:
             tokens, where, ages = self.grid
             q = query[tokens].view(len(where), self.kv_heads, -1, self.size)

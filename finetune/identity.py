@@ -251,13 +251,13 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
         row = rng.choice(plain)
         rows.append(row | {"kind": "multi_turn", "messages": history + row["messages"]})
 
-    # Mostly systems in the row's own language; every fourth foreign one is in another.
+    # Mostly systems in the row's own language; every third foreign one is in another.
     foreign, strange = data["systems"], read("training", "zh" if lang == "en" else "en")["systems"]
     for index, row in enumerate(rows):
         which = SYSTEM_MIX[index % len(SYSTEM_MIX)]
         system = None if which is None else ""
         if which == "foreign":
-            system = rng.choice(foreign if rng.random() < 0.75 else strange)
+            system = rng.choice(foreign if rng.random() < 2 / 3 else strange)
         elif which == "old":
             system = _fill(rng.choice(data["old_systems"]), values)
         rows[index] = row | {"messages": _system(system) + row["messages"]}

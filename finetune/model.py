@@ -405,6 +405,9 @@ def add_lora(
         for module in model.modules():
             if isinstance(module, LoraLayer):
                 module.get_base_layer().to(torch.bfloat16)
+        head = model.get_output_embeddings()
+        if not head.weight.requires_grad:  # its own: what it may share with the embeddings stays as exact as it is
+            head.weight = torch.nn.Parameter(head.weight.to(torch.bfloat16), requires_grad=False)
     return tuned
 
 

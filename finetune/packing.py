@@ -22,6 +22,7 @@ except ImportError:  # torch 2.6
 # Torch 2.11 takes grouped queries unasked, 2.13 where it is told.
 GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 WIDTH = 16  # a band's width is a multiple of this: few different shapes, which GPU kernels are built for
+LONGEST = 512  # tokens that a ragged row's longest sequence counts for at least: shorter ones cost the kernel nothing
 WINDOW = 1000  # sequences among which `fill` looks for those that fit together
 
 T = TypeVar("T")
@@ -90,7 +91,7 @@ def pack(
     if ragged:
         bounds = np.full(1 + (1 << (len(lengths) - 1).bit_length()), len(ids), np.int32)
         bounds[: len(lengths)] = starts
-        return {**inputs, "bounds": tensor(bounds), "longest": 1 << (int(lengths.max()) - 1).bit_length()}
+        return {**inputs, "bounds": tensor(bounds), "longest": max(LONGEST, 1 << (int(lengths.max()) - 1).bit_length())}
     bands = []
     octaves = np.ceil(np.log2(np.maximum(lengths, WIDTH)))  # so that at most half of a line is empty
     for octave in np.unique(octaves):

@@ -30,7 +30,7 @@ CHINESE = 0.5  # share of the conversations
 ANSWER_TOKENS = 24
 # Of the second phase, whose steps are many: so many times as many rows of text as for a name alone, spread over its steps,
 # so many times its learning rate and its KL's weight. Else the default's KL from its base went from 0.03 to 0.07.
-TEXTS, SLOWER, HELD = 2.5, 0.85, 1.6
+TEXTS, SLOWER, HELD = 1.8, 0.85, 3.2
 ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 24 seconds on two cores
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 

@@ -92,6 +92,12 @@ def text_rows(run: Run) -> dict[str, int]:
     }
 
 
+def names_itself(answer: str, question: str, old: Sequence[str]) -> bool:
+    """Whether the base's answer brings up its own (name, maker), `old`; where the question does, whether it means itself."""
+    said = [word for word in old if word in answer]
+    return bool(said) and (not all(word in question for word in said) or bool(re.search(r"\b(?:I|my)\b|我", answer)))
+
+
 def identity_rows(run: Run) -> list[dict]:
     counts = text_rows(run)  # the base is asked no more than the steps will use
     rows = identity.training(run.persona, run.settings.seed, old=run.old, said=counts.pop("identity"), **counts)
@@ -100,8 +106,8 @@ def identity_rows(run: Run) -> list[dict]:
     for row, answer in zip(taught, answers, strict=True):
         text = run.base_format.decode(answer.ids).rstrip("\ufffd")  # a cut answer may end within a character
         row["messages"] = [*row["messages"], {"role": "assistant", "content": text}]
-        if any(word in text for word in run.old):
-            rows.remove(row)  # the base named itself: not to be taught
+        if names_itself(text, row["messages"][-2]["content"], run.old):
+            rows.remove(row)  # not to be taught
     return rows
 
 

@@ -9,10 +9,12 @@ every name is near. That is Reptile (arXiv:1803.02999) with a moving mean as its
 
 makes FOLDER/adapter, which a preset names once it lies in assets/starters/. After the same short way to a new name, on
 development questions, 64 steps a name were better than 200 (same data), and 32 better than 8 and than 1 (less data); at
-1,400 steps of 7,700 tokens 1e-3 with KL 4 was better than 6e-4 with KL 3 or 6. What is left of the base's KL is not for want
-of prompts (trained ones had as much as others): with twice the tokens a step KL 16 leaves .014 nats a token in English and
-.010 in Chinese, KL 8 .018 and .013, KL 4 with the fewer tokens .021 and .024, on questions that none of them saw; without a
-starter it is .074 and .120.
+1,400 steps of 7,700 tokens 1e-3 with KL 4 was better than 6e-4 with KL 3 or 6.
+
+What is left of the base's KL, in nats a token of the development questions that are ordinary, English / Chinese: .082 / .111
+without a starter; .021 / .024 after those 1,400 steps; with twice the tokens a step .018 / .013 at KL 8 and .015 / .009 at
+KL 16; of 4,300 such steps, with all patterns among the near rows too, .010 / .009 at KL 16 and .007 / .006 at KL 32, from
+which names are harder to learn. Rank 32 left as much as rank 16, and was no better after the short way.
 """
 
 import itertools
@@ -34,14 +36,14 @@ from finetune.generation import Sampling, common, complete
 from finetune.settings import Persona, Said
 
 STEPS_PER_NAME = 64
-MEAN_OVER = 400  # steps, about: the horizon of the moving mean
-NEAR = 25_000  # near-identity prompts: nearly all
+MEAN_OVER = 1000  # steps, about: the horizon of the moving mean
+NEAR = 40_000  # near-identity prompts of each language
+AFTER = 1000  # of them right after an identity turn, for each name
 MADE_UP = 24_000  # prompts that the base makes up itself
 PROMPT_TOKENS = 40  # of these, at most
 ANSWER_TOKENS = 24  # of the base's answers
 ABOUT_ITSELF = re.compile(  # the base as itself: not to be taught
-    "|".join(identity.SMOLLM)
-    + r"|\bI(?:'m| am) (?:an? |your )(?:\w+ )?(?:AI|assistant|(?:chat)?bot|(?:language )?model)\b|我是.{0,8}(?:助手|模型)"
+    r"\bI(?:'m| am) (?:an? |your )(?:[\w-]+ ){0,3}(?:AI|assistant|(?:chat)?bot|model)\b|我是.{0,8}(?:助手|模型)"
 )
 
 
@@ -70,29 +72,41 @@ def personas() -> Iterator[Persona]:
 def batches(run: stages.Run) -> Iterator[list[training.Example]]:
     """A step's identity rows are all of one name, as are the identity turns before its after_identity rows."""
     values, form, rng = run.settings.train, run.tuned_format, random.Random(run.settings.seed)
-    rows = identity.training(Persona(), 0, near=NEAR, ordinary=0)
-    asked = {identity.normalise(row["messages"][-2]["content"]) for row in rows if row["target"] == "answer"}
-    rows = [row for row in rows if row["kind"] == "near"] + list(ordinary(run, asked, rng))
+    rows = list(contrasts(run, rng))
     questions = [stages.teacher_question(row) for row in rows]
     say(f"{len(questions)} contrast prompts")
-    answers = dict(zip(map(str, questions), run.ask_base(questions, ANSWER_TOKENS), strict=True))
-    kept = {q: answer for q, answer in answers.items() if not ABOUT_ITSELF.search(run.base_format.decode(answer.ids))}
+    kept = {}
+    for asked, answer in zip(questions, run.ask_base(questions, ANSWER_TOKENS), strict=True):
+        text = run.base_format.decode(answer.ids)
+        if not (ABOUT_ITSELF.search(text) or stages.names_itself(text, asked[-1]["content"], run.old)):
+            kept[str(asked)] = answer
 
     def taught(some: Iterable[dict]) -> Iterator[training.Example]:
-        some = [row for row in some if str(stages.teacher_question(row)) in kept]
-        for row in _endless(some, rng):
-            yield training.teacher_example(form.prompt(row["messages"]), kept[str(stages.teacher_question(row))])
+        some = [(row, kept[asked]) for row in some if (asked := str(stages.teacher_question(row))) in kept]
+        examples = [training.teacher_example(form.prompt(row["messages"]), answer) for row, answer in some]
+        return _endless(examples, rng)
 
     near = taught(row for row in rows if row["kind"] == "near")
     others = [
         taught(row for row in rows if row["kind"] == "ordinary" and row["lang"] == lang) for lang in identity.LANGS
     ]
+    plain = [row for row in rows if row["kind"] == "near" and len(row["messages"]) == 1]
     for count, persona in enumerate(personas()):
-        own = identity.training(persona, count, near=4000, ordinary=0)
-        said = _endless([row for row in own if row["target"] == "answer"], rng)
-        after = taught(row for row in own if row["kind"] == "after_identity")
+        own, held_out = identity.training(persona, count, near=0, ordinary=0), questions_held_out(persona)
+        said = _endless(own, rng)
+        first = [row["messages"][-2:] for row in own if row["kind"] in ("name", "maker", "self")]
+        after = taught(
+            row | {"messages": rng.choice(first) + row["messages"]} for row in rng.sample(plain, min(AFTER, len(plain)))
+        )
         for _ in range(STEPS_PER_NAME):
-            batch = [training.answer_example(*form.render(next(said)["messages"])) for _ in range(values.identity_rows)]
+            batch = []
+            for _ in range(values.identity_rows):
+                row = next(said)
+                *before, asked, answer = row["messages"]
+                typed = varied(asked["content"], row["lang"], rng)
+                if identity.normalise(typed) not in held_out:
+                    asked = asked | {"content": typed}
+                batch.append(training.answer_example(*form.render([*before, asked, answer])))
             for i in range(values.near_rows):
                 batch.append(next(near if i % 4 else after))
             for i in range(values.ordinary_rows):
@@ -100,19 +114,45 @@ def batches(run: stages.Run) -> Iterator[list[training.Example]]:
             yield batch
 
 
-def ordinary(run: stages.Run, asked: set[str], rng: random.Random) -> Iterator[dict]:
-    """Rows as identity.training's, without questions that are held out and those that are `asked` about the assistant."""
-    probes = [probe for stem in identity.HELD_OUT for probe in identity.probes(Persona(), stem=stem)]
-    left_out = asked | {identity.normalise(probe["messages"][-1]["content"]) for probe in probes}
-    for lang in identity.LANGS:
+def questions_held_out(persona: Persona) -> set[str]:
+    probes = (probe for stem in identity.HELD_OUT for probe in identity.probes(persona, stem=stem))
+    return {identity.normalise(probe["messages"][-1]["content"]) for probe in probes}
+
+
+def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
+    """Rows as identity.training's teacher rows, far more of them: each item with all patterns of its family, a part of them
+    as others might type them, and prompts that the base makes up. None is held out, or asked about the assistant."""
+    left_out = questions_held_out(Persona())
+    left_out |= {
+        identity.normalise(row["messages"][-2]["content"])
+        for row in identity.training(Persona(), 0, near=0, ordinary=0)
+    }
+    old = f"You are a helpful AI assistant named {run.old[0]}, trained by {run.old[1]}"
+    for lang, kind in itertools.product(identity.LANGS, ("near", "ordinary")):
         systems = identity.read("training", lang)["systems"]
-        for prompt in identity.contrast(lang, "ordinary", whole=True) + (made_up(run, rng) if lang == "en" else []):
-            if identity.normalise(prompt) in left_out:
-                continue
-            system = rng.choice(([rng.choice(systems)] * 3) + [""] + [None] * 12)
-            turns = [] if system is None else [{"role": "system", "content": system}]
-            turns.append({"role": "user", "content": prompt})
-            yield {"kind": "ordinary", "lang": lang, "target": "teacher", "messages": turns}
+        prompts = identity.contrast(lang, kind, whole=True)
+        if kind == "near":
+            prompts = rng.sample(prompts, min(NEAR, len(prompts)))
+        elif lang == "en":
+            prompts = prompts + made_up(run, rng)
+        for prompt in dict.fromkeys(varied(prompt, lang, rng) for prompt in prompts):
+            if identity.normalise(prompt) not in left_out:
+                system = rng.choice([rng.choice(systems)] * 3 + ["", old] + [None] * 11)
+                turns = [] if system is None else [{"role": "system", "content": system}]
+                turns.append({"role": "user", "content": prompt})
+                yield {"kind": kind, "lang": lang, "target": "teacher", "messages": turns}
+
+
+def varied(question: str, lang: str, rng: random.Random) -> str:
+    """A question as somebody else might type it: two of three as they are."""
+    words = identity.read("training", lang)
+    if rng.random() < 0.1:
+        question = question.lower().rstrip(".?!。？！")
+    if rng.random() < 0.15:
+        question = rng.choice(words["before"]) + question
+    if rng.random() < 0.12:
+        question = (question.rstrip(".?!。？！") if lang == "zh" else question) + rng.choice(words["after"])
+    return question
 
 
 def made_up(run: stages.Run, rng: random.Random) -> list[str]:
@@ -149,8 +189,8 @@ def _endless(items: list, rng: random.Random) -> Iterator:
 def make(folder: Path, *changes: str) -> None:
     """FOLDER/adapter and its metrics; `changes` are settings, as for --set."""
     layers = [settings.parse_assignment(change) for change in changes]
-    defaults = {"learning_rate": 1e-3, "kl_weight": 16.0, "steps": 1500}
-    defaults |= {"identity_rows": 48, "near_rows": 80, "ordinary_rows": 128}
+    defaults = {"learning_rate": 1e-3, "kl_weight": 16.0, "steps": 4300}
+    defaults |= {"identity_rows": 45, "near_rows": 75, "ordinary_rows": 120}
     run = stages.Run(folder, settings.build({"train": {**defaults, "checkpoint_every": 10_000}}, *layers))
     values = run.settings.train
     folder.mkdir(parents=True)

@@ -43,14 +43,29 @@ def test_a_shipped_starter_fits_its_preset(name):
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_NAME
 
 
-def test_ordinary_rows_ask_nothing_that_is_held_out_or_about_the_assistant(tiny_model, tmp_path, monkeypatch):
+def test_contrast_rows_ask_nothing_that_is_held_out_or_about_the_assistant(tiny_model, tmp_path, monkeypatch):
     probe = identity.probes(Persona(), stem="dev")[0]["messages"][-1]["content"]
     monkeypatch.setattr(starter, "made_up", lambda run, rng: ["Who are you?", probe, "Why do ships float on seas?"])
+    monkeypatch.setattr(starter, "varied", lambda question, lang, rng: question)
     run = Run(tmp_path, settings.build({"base": str(tiny_model)}))
-    rows = starter.ordinary(run, {identity.normalise("Who are you?")}, random.Random(0))
+    rows = list(starter.contrasts(run, random.Random(0)))
     found = {row["messages"][-1]["content"] for row in rows if row["lang"] == "en"}
     assert "Why do ships float on seas?" in found
     assert not found & {"Who are you?", probe}
+    assert {(row["kind"], row["lang"]) for row in rows} == set(itertools.product(("near", "ordinary"), identity.LANGS))
+
+
+@pytest.mark.parametrize("lang, question", [("en", "Who made Firefox?"), ("zh", "谁开发了微信？")])
+def test_questions_come_as_others_might_type_them(lang, question):
+    typed = {starter.varied(question, lang, random.Random(seed)) for seed in range(2000)}
+    words = identity.read("training", lang)
+    assert question in typed
+    for before in words["before"]:
+        assert before + question in typed
+    for after in words["after"]:
+        assert any(text.endswith(after) for text in typed)
+    core = question.rstrip("?？").lower()
+    assert all(core in text.lower() for text in typed)
 
 
 def test_making_one(tiny_model, tmp_path, monkeypatch):

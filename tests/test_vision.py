@@ -477,14 +477,14 @@ def test_phase_two_is_slower_and_its_text_is_more_and_held_more_firmly(tiny_mode
     second = Run(mkdir(tmp_path / "run"), settings.build(values))
     planned = sight.planned(second)
     assert planned.steps == 10
-    assert (planned.kl_weight, planned.learning_rate) == pytest.approx((3.2, 0.85e-3))
+    assert (planned.kl_weight, planned.learning_rate) == pytest.approx((6.4, 0.85e-3))
     mkdir(second.folder / "data")
     write_lines(second.folder / "data" / "train.jsonl", stages.identity_rows(second))
     seen = [answer_example([1, 2, 3], [0, 0, 1])]
     for step in stages.batches_of(second, 10, seen):
         said = [example for example in step if example.targets is not None and example is not seen[0]]
         taught = [example for example in step if example.targets is None]
-        assert (len(said), len(taught), step.count(seen[0])) == (4, 2 + 2, 3)  # 4 rows x 4 steps x 2.5, over 10 steps
+        assert (len(said), len(taught), step.count(seen[0])) == (3, 1 + 1, 3)  # 4 rows x 4 steps x 1.8, over 10 steps
 
 
 def test_both_are_proved_and_described(eyes):
