@@ -158,7 +158,7 @@ def training(
     if problems := check_persona(persona):
         raise UserError(*problems)
     rng = random.Random(seed)
-    held_out = {normalise(row["messages"][-1]["content"]) for stem in HELD_OUT for row in probes(persona, old, stem)}
+    held_out = questions_held_out(persona, old)
     identity = {lang: _identity(persona, lang, rng, old, held_out) for lang in LANGS}
     places, counts = [], Counter()  # the i-th row of a kind and language stands at about i / its share
     for row in (row for lang in LANGS for row in identity[lang]):
@@ -195,6 +195,11 @@ def probes(persona: Persona, old: tuple[str, str] = SMOLLM, stem: str = "probes"
             probe |= {"said": _fill(f"{{{kind}}}", values)} if group["expect"] == "said" else {}
             found.append({"id": f"{kind}-{lang}-{item['number']:02}"} | probe)
     return found
+
+
+def questions_held_out(persona: Persona, old: tuple[str, str] = SMOLLM) -> set[str]:
+    """The normal forms of all that no training row may ask."""
+    return {normalise(row["messages"][-1]["content"]) for stem in HELD_OUT for row in probes(persona, old, stem)}
 
 
 def _probe_items(stem: str, lang: str) -> Iterator[tuple[str, dict, int, dict]]:

@@ -22,7 +22,7 @@ except ImportError:  # torch 2.6
 # Torch 2.11 takes grouped queries unasked, 2.13 where it is told.
 GROUPED = {"enable_gqa": True} if varlen_attn and "enable_gqa" in inspect.signature(varlen_attn).parameters else {}
 WIDTH = 16  # a band's width is a multiple of this: few different shapes, which GPU kernels are built for
-LONGEST = 512  # tokens that a ragged row's longest sequence counts for at least: shorter ones cost the kernel nothing
+LONGEST = 512  # tokens that a ragged row's longest sequence counts for at least: fewer shapes are compiled
 WINDOW = 1000  # sequences among which `fill` looks for those that fit together
 
 T = TypeVar("T")

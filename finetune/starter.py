@@ -92,7 +92,7 @@ def batches(run: stages.Run) -> Iterator[list[training.Example]]:
     ]
     plain = [row for row in rows if row["kind"] == "near" and len(row["messages"]) == 1]
     for count, persona in enumerate(personas()):
-        own, held_out = identity.training(persona, count, near=0, ordinary=0), questions_held_out(persona)
+        own, held_out = identity.training(persona, count, near=0, ordinary=0), identity.questions_held_out(persona)
         said = _endless(own, rng)
         first = [row["messages"][-2:] for row in own if row["kind"] in ("name", "maker", "self")]
         after = taught(
@@ -114,20 +114,14 @@ def batches(run: stages.Run) -> Iterator[list[training.Example]]:
             yield batch
 
 
-def questions_held_out(persona: Persona) -> set[str]:
-    probes = (probe for stem in identity.HELD_OUT for probe in identity.probes(persona, stem=stem))
-    return {identity.normalise(probe["messages"][-1]["content"]) for probe in probes}
-
-
 def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
     """Rows as identity.training's teacher rows, far more of them: each item with all patterns of its family, a part of them
     as others might type them, and prompts that the base makes up. None is held out, or asked about the assistant."""
-    left_out = questions_held_out(Persona())
+    left_out = identity.questions_held_out(Persona())
     left_out |= {
         identity.normalise(row["messages"][-2]["content"])
         for row in identity.training(Persona(), 0, near=0, ordinary=0)
     }
-    old = f"You are a helpful AI assistant named {run.old[0]}, trained by {run.old[1]}"
     for lang, kind in itertools.product(identity.LANGS, ("near", "ordinary")):
         systems = identity.read("training", lang)["systems"]
         prompts = identity.contrast(lang, kind, whole=True)
@@ -137,7 +131,7 @@ def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
             prompts = prompts + made_up(run, rng)
         for prompt in dict.fromkeys(varied(prompt, lang, rng) for prompt in prompts):
             if identity.normalise(prompt) not in left_out:
-                system = rng.choice([rng.choice(systems)] * 3 + ["", old] + [None] * 11)
+                system = rng.choice([rng.choice(systems)] * 3 + ["", run.base_format.default_system] + [None] * 11)
                 turns = [] if system is None else [{"role": "system", "content": system}]
                 turns.append({"role": "user", "content": prompt})
                 yield {"kind": kind, "lang": lang, "target": "teacher", "messages": turns}

@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from finetune import checks, embedded, identity, settings, starter
+from finetune import checks, embedded, identity, settings, stages, starter
 from finetune.errors import UserError
 from finetune.model import add_lora, fingerprint, load
 from finetune.run_folder import Run
@@ -66,6 +66,21 @@ def test_questions_come_as_others_might_type_them(lang, question):
         assert any(text.endswith(after) for text in typed)
     core = question.rstrip("?？").lower()
     assert all(core in text.lower() for text in typed)
+
+
+@pytest.mark.parametrize(
+    "answer, question, named",
+    [
+        ("I was trained by Hugging Face.", "Who made you?", True),
+        ("I was trained by Hugging Face.", "Who is behind Hugging Face?", True),
+        ("我来自Hugging Face。", "Hugging Face是什么公司？", True),
+        ("SmolLM comes from Hugging Face.", "What is SmolLM?", True),
+        ("Hugging Face is a company.", "What is Hugging Face?", False),
+        ("Paris.", "What is the capital of France?", False),
+    ],
+)
+def test_the_base_names_itself_unless_the_question_does(answer, question, named):
+    assert stages.names_itself(answer, question, identity.SMOLLM) is named
 
 
 def test_making_one(tiny_model, tmp_path, monkeypatch):
