@@ -41,6 +41,7 @@ SHARES |= {"purpose": 6, "birthday": 6}  # of a persona that has one
 CONTRAST_SHARES = {"en": 0.4, "zh": 0.6}  # small bases hardly tell two Chinese questions apart
 TAUGHT = {"name": "name", "maker": "author", "self": "name", "model": "name", "deny": "deny", "old_name": "deny"}
 TAUGHT |= {"assent": "assent"}  # what the judge is to find in the answers of each kind
+PATTERNS = 24  # of a family or of the ways to ask for a clause, for each item, where all prompts are wanted
 EVERYDAY = 0.03  # share of the contrast prompts: what comes more often, "I" or "什么", cannot be told from a name
 MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
@@ -230,7 +231,8 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
     for kind in (kind for kind in SHARES if own.get(kind, True)):
         for group in data[kind]:
             answers = [own["introduction"]] if kind == "self" and own["introduction"] else group["answers"]
-            for question in group["questions"]:
+            clauses = [_fill(rng.choice(data["wrappers"]), {"{x}": clause}) for clause in group.get("clauses", [])]
+            for question in group["questions"] + clauses:
                 others.append(others.pop(0))  # all of them come up before one does again
                 about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
                 turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]
@@ -298,14 +300,15 @@ def _teacher(
 @cache
 def contrast(lang: str, kind: str, whole: bool = False) -> list[str]:
     """All "near" or "ordinary" prompts of a language, without repetition, families mixed; a family's "share" says how many
-    of its prompts come among the first, 1 if it is not there. `whole` takes each item with all patterns of its family."""
+    of its prompts come among the first, 1 if it is not there. `whole` takes each item with up to PATTERNS of its family's
+    patterns instead of "each". A family without patterns has clauses, for training's `wrappers`."""
     shares: dict[str, tuple[str, float]] = {}  # a prompt and how soon its family is to come, by its normal form
     for family in read("contrast", lang)[kind].values():
         prompts = list(family.get("prompts", []))
-        for index, item in enumerate(family.get("items", [])):
+        patterns = family.get("patterns") or read("training", lang)["wrappers"]
+        for index, item in enumerate(family.get("items") or family.get("clauses", [])):
             filling = dict(zip(("{x}", "{y}"), [item] if isinstance(item, str) else item, strict=False))
-            patterns = family["patterns"]
-            each = len(patterns) if whole else family["each"]
+            each = min(len(patterns), PATTERNS) if whole else family["each"]
             prompts += [_fill(patterns[(index * each + step) % len(patterns)], filling) for step in range(each)]
         shares |= {normalise(prompt): (prompt, family.get("share", 1)) for prompt in prompts}
     # A random order in which each place is drawn in proportion to the shares (Efraimidis and Spirakis 2006).

@@ -37,9 +37,9 @@ from finetune.settings import Persona, Said
 
 STEPS_PER_NAME = 64
 MEAN_OVER = 1000  # steps, about: the horizon of the moving mean
-NEAR = 40_000  # near-identity prompts of each language
+NEAR = 48_000  # near-identity prompts of each language
 AFTER = 1000  # of them right after an identity turn, for each name
-MADE_UP = 24_000  # prompts that the base makes up itself
+MADE_UP = 48_000  # prompts that the base makes up itself
 PROMPT_TOKENS = 40  # of these, at most
 ANSWER_TOKENS = 24  # of the base's answers
 ABOUT_ITSELF = re.compile(  # the base as itself: not to be taught

@@ -244,6 +244,20 @@ def test_there_is_enough_of_everything_and_none_twice():
         assert 0.5 < len(without) / len(answers(mine, *SHARES)) < 0.7
 
 
+def test_a_clause_is_asked_for_in_ever_new_ways():
+    for lang in LANGS:
+        wrappers = read("training", lang)["wrappers"]
+        assert len(wrappers) >= 90
+        assert all(wrapper.count("{x}") == 1 for wrapper in wrappers)
+        clause = next(group["clauses"] for group in read("training", lang)["name"] if "clauses" in group)[0]
+        ways = {wrapper.replace("{x}", clause) for wrapper in wrappers}
+        asked = [{row["messages"][-2]["content"] for row in answers(rows_of(PLAIN, seed), "name")} for seed in (0, 1)]
+        assert [len(ways & questions) for questions in asked] == [1, 1]
+        assert ways & asked[0] != ways & asked[1]
+        clause, prompts = read("contrast", lang)["near"]["asked"]["clauses"][0], set(contrast(lang, "near", whole=True))
+        assert len({wrapper.replace("{x}", clause) for wrapper in wrappers} & prompts) >= 0.9 * identity.PATTERNS
+
+
 def test_contrast_is_a_large_part_of_the_rows():
     counts = Counter((row["kind"], row["lang"]) for row in rows_of(PLAIN, 0) if row["target"] == "teacher")
     for lang, share in identity.CONTRAST_SHARES.items():
@@ -286,7 +300,7 @@ def test_probes_are_whole(stem):
         ("IS", "a word of everyday talk"),
         ("what", "a word of everyday talk"),
         ("不是", "answers about itself are built with"),
-        ("不", "answers about itself are built with"),
+        ("不", "a word of everyday talk"),
         ("not", "answers about itself are built with"),
     ],
 )
