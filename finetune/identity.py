@@ -1,8 +1,8 @@
 """Who the assistant is: conversations that teach it, prompts that must stay as they were, and held-out probes.
 
 The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it),
-probes.* (questions for the scorecard) and dev.* (questions asked while a recipe is tuned). The last two are never
-trained on.
+near.* and ordinary.* (the same, as people type them, one a line), probes.* (questions for the scorecard) and dev.* (questions
+asked while a recipe is tuned). The last two are never trained on.
 """
 
 import random
@@ -314,6 +314,13 @@ def contrast(lang: str, kind: str, whole: bool = False) -> list[str]:
     # A random order in which each place is drawn in proportion to the shares (Efraimidis and Spirakis 2006).
     rng = random.Random(kind + lang)
     return [prompt for prompt, _ in sorted(shares.values(), key=lambda pair: -(rng.random() ** (1 / pair[1])))]
+
+
+def typed(lang: str, kind: str) -> list[str]:
+    """ "near" or "ordinary" prompts as people type them, which no patterns give: far more than a short run reads. In Chinese
+    alone: English ones the default base makes up itself."""
+    file = FOLDER / f"{kind}.{lang}.txt"
+    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
 
 
 @cache

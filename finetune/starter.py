@@ -37,7 +37,7 @@ from finetune.settings import Persona, Said
 
 STEPS_PER_NAME = 64
 MEAN_OVER = 1000  # steps, about: the horizon of the moving mean
-NEAR = 48_000  # near-identity prompts of each language
+NEAR = 30_000  # near-identity prompts of each language that patterns give
 AFTER = 1000  # of them right after an identity turn, for each name
 MADE_UP = 48_000  # prompts that the base makes up itself
 PROMPT_TOKENS = 40  # of these, at most
@@ -115,8 +115,9 @@ def batches(run: stages.Run) -> Iterator[list[training.Example]]:
 
 
 def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
-    """Rows as identity.training's teacher rows, far more of them: each item with all patterns of its family, a part of them
-    as others might type them, and prompts that the base makes up. None is held out, or asked about the assistant."""
+    """Rows as identity.training's teacher rows, far more of them: each item with its family's patterns, a part of them as
+    others might type them, what people typed, and prompts that the base makes up. None is held out, or asked about the
+    assistant."""
     left_out = identity.questions_held_out(Persona())
     left_out |= {
         identity.normalise(row["messages"][-2]["content"])
@@ -127,8 +128,9 @@ def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
         prompts = identity.contrast(lang, kind, whole=True)
         if kind == "near":
             prompts = rng.sample(prompts, min(NEAR, len(prompts)))
-        elif lang == "en":
-            prompts = prompts + made_up(run, rng)
+        prompts = prompts + identity.typed(lang, kind)
+        if (lang, kind) == ("en", "ordinary"):
+            prompts += made_up(run, rng)
         for prompt in dict.fromkeys(varied(prompt, lang, rng) for prompt in prompts):
             if identity.normalise(prompt) not in left_out:
                 system = rng.choice([rng.choice(systems)] * 3 + ["", run.base_format.default_system] + [None] * 11)

@@ -203,6 +203,9 @@ def test_the_files_themselves_do_not_meet():
             for f in families.values()
             for text in f.get("prompts", [])
         ]
+        typed = [text for kind in ("near", "ordinary") for text in identity.typed(lang, kind)]
+        assert len({normalise(text) for text in typed}) == len(typed)
+        written += typed
         data = read("training", lang)
         for group in (group for kind in SHARES for group in data[kind]):
             written += [question if isinstance(question, str) else question[-1] for question in group["questions"]]
