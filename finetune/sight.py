@@ -13,7 +13,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import drawn, identity, pictures, records
+from finetune import drawn, pictures, records
 from finetune.chat_format import ChatFormat, pictures_of
 from finetune.errors import UserError
 from finetune.run_folder import Run, write_lines
@@ -27,7 +27,6 @@ PROBES = {"en": 25, "zh": 10}  # of each kind
 NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
 NOISY = 20  # one of so many drawn pictures is noise: who looks at it says so
 CHINESE = 0.5  # share of the conversations
-OWN = 3  # one of so many dialogues asks the assistant about itself, too
 ANSWER_TOKENS = 24
 # Of the second phase, whose steps are many: so many times as many rows of text as for a name alone, spread over its steps,
 # and so many times its KL's weight. Without, the default's KL from its base was over twice that of a name alone.
@@ -178,12 +177,7 @@ def examples(run: Run, model: Any) -> list[Any]:
     from finetune.train import answer_example
 
     form, length, folder = run.tuned_format, run.settings.train.length, run.folder / "data"
-    rows = list(run.rows("train.jsonl"))
-    said = [placed(row["messages"], folder) for row in rows if "target" not in row]
-    if run.named:
-        said = among(
-            said, [row["messages"][-2:] for row in rows if row.get("kind") in identity.TAUGHT], run.settings.seed
-        )
+    said = [placed(row["messages"], folder) for row in run.rows("train.jsonl") if "target" not in row]
     give_eyes(model, form, files := [file for messages in said for file in pictures_of(messages)])
     if run.encoder_rank:
         model.eyes.watch(files)
@@ -193,16 +187,6 @@ def examples(run: Run, model: Any) -> list[Any]:
         raise UserError(f"No row has an answer within train.length={length} tokens.")
     if run.settings.task == "vision-projector" and run.fresh_projector:
         align(model, found, run.settings.seed)
-    return found
-
-
-def among(dialogues: Sequence[list[dict]], own: Sequence[list[dict]], seed: int) -> list[list[dict]]:
-    """Dialogues about pictures, one of OWN with a pair of `own`, a question about the assistant and its answer, after one of
-    its answers: who is asked of pictures would else not know any more who it is."""
-    order, found = random.Random(seed), list(dialogues)
-    for i in range(0, len(found), OWN):
-        at = order.choice([place for place, turn in enumerate(found[i], 1) if turn["role"] == "assistant"])
-        found[i] = [*found[i][:at], *order.choice(own), *found[i][at:]]
     return found
 
 

@@ -463,25 +463,6 @@ def test_phase_two_changes_projector_and_the_language_model_s_layers(eyes):
     assert changed == layers | {name for name in before if "multi_modal_projector" in name}
 
 
-def test_of_some_dialogues_one_turn_is_about_the_assistant():
-    ask = [{"role": "user", "content": "Colour?"}, {"role": "assistant", "content": "Red"}]
-    dialogues = [[{"role": "system", "content": "Be brief."}, *ask * (1 + i % 4)] for i in range(60)]
-    own = [[{"role": "user", "content": f"{i}, who?"}, {"role": "assistant", "content": "I'm Nova."}] for i in range(9)]
-    mixed = sight.among(dialogues, own, seed=0)
-    places = set()
-    for i, (before, after) in enumerate(zip(dialogues, mixed, strict=True)):
-        if i % sight.OWN:
-            assert after == before
-            continue
-        at = next(place for place, turn in enumerate(after) if "who?" in turn["content"])
-        assert after[at : at + 2] in own
-        assert after[:at] + after[at + 2 :] == before
-        assert at > 1  # after an answer
-        places.add((len(after), at))
-    assert len(places) > 4
-    assert sight.among(dialogues, own, seed=1) != mixed
-
-
 def test_phase_two_has_more_text_and_is_held_more_firmly(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path))
     trained = {
