@@ -27,7 +27,7 @@ LOOKS = {
     "page.side": {"locale": "en-US"},
     "page.about": {"locale": "zh-CN"},
 }
-SEEING = {"page.sees": {"locale": "en-US", "viewport": {"width": 1200, "height": 1080}}}
+SEEING = {"page.sees": {"locale": "en-US", "viewport": {"width": 1200, "height": 1140}}}
 SEEN = ["What colour is it?", "什么形状？", "Who are you?"]
 TALK = {"zh-CN": ["你是谁？", "是谁开发了你？"], "en-US": ["Who are you?", "What is the capital of France?"]}
 
@@ -87,6 +87,7 @@ def main(run: str) -> None:
                         chooser.value.set_files({"name": "star.png", "mimeType": "image/png", "buffer": drawing()})
                         page.locator("#chosen img").wait_for()
                     ask(page, "box", SEEN if name == "page.sees" else TALK[look["locale"]])
+                page.evaluate("scrollTo(0, 0)")
                 page.wait_for_timeout(800)
                 page.screenshot(path=ROOT / "assets" / f"{name}.png")
                 made[name] = (ROOT / "assets" / f"{name}.png").stat().st_size
