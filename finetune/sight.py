@@ -27,6 +27,7 @@ PROBES = {"en": 25, "zh": 10}  # of each kind
 NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
 NOISY = 20  # one of so many drawn pictures is noise: who looks at it says so
 CHINESE = 0.5  # share of the conversations
+AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
 ANSWER_TOKENS = 24
 # Of the second phase, whose steps are many: so many times as many rows of text as for a name alone, spread over its steps,
 # and so many times its KL's weight. Without, the default's KL from its base was over twice that of a name alone.
@@ -188,6 +189,19 @@ def examples(run: Run, model: Any) -> list[Any]:
     if run.settings.task == "vision-projector" and run.fresh_projector:
         align(model, found, run.settings.seed)
     return found
+
+
+def after_pictures(run: Run) -> list[dict]:
+    """The rows of text to train on. Some questions about the assistant come after a dialogue about a picture: it would else not
+    know any more who it is. Only their own answers are supervised, so the pictures' one-word answers count as before."""
+    rows, order = run.rows("train.jsonl"), random.Random(run.settings.seed)
+    dialogues = [placed(row["messages"], run.folder / "data") for row in rows if "target" not in row]
+    said = [row for row in rows if row.get("target") == "answer" and row["messages"][0]["role"] == "user"]
+    for row in said[::AFTER]:
+        seen = order.choice(dialogues)
+        answered = [i for i, message in enumerate(seen, 1) if message["role"] == "assistant"]
+        row["messages"] = seen[: order.choice(answered[:3])] + row["messages"]
+    return [row for row in rows if "target" in row]
 
 
 def align(model: Any, examples: Sequence[Any], seed: int) -> None:

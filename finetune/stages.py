@@ -185,7 +185,7 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
 
     form = run.tuned_format
     examples: dict[str, list[training.Example]] = {"identity": [], "near": [], "ordinary": []}
-    rows = [row for row in run.rows("train.jsonl") if "target" in row]
+    rows = sight.after_pictures(run) if seen else run.rows("train.jsonl")
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = iter(run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS))
     for row in rows:

@@ -477,12 +477,28 @@ def test_phase_two_has_more_text_and_is_held_more_firmly(tiny_model, tmp_path, m
     planned = sight.planned(second)
     assert (planned.steps, planned.kl_weight) == (10, pytest.approx(4.4))
     mkdir(second.folder / "data")
-    write_lines(second.folder / "data" / "train.jsonl", stages.identity_rows(second))
+    picture = str(tmp_path / "one.png")
+    drawn.draw(drawn.scene("one")).save(picture)
+    seen_first = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Colour?"}]}
+    red, more = {"role": "assistant", "content": "Red"}, {"role": "user", "content": "How many?"}
+    dialogue = [{"role": "system", "content": "Be brief."}, seen_first, red, more, {**red, "content": "One"}]
+    rows = stages.identity_rows(second)
+    write_lines(second.folder / "data" / "train.jsonl", [*rows, {"messages": dialogue}])
+    second.tuned_format.see = lambda _: [7] * 16
     seen = [answer_example([1, 2, 3], [0, 0, 1])]
     for step in stages.batches_of(second, 10, seen):
         said = [example for example in step if example.targets is not None and example is not seen[0]]
         taught = [example for example in step if example.targets is None]
         assert (len(said), len(taught), step.count(seen[0])) == (3, 1 + 1, 3)  # 4 rows x 4 steps x 1.8, over 10 steps
+    mixed = sight.after_pictures(second)
+    assert len(mixed) == len(rows)
+    longer = [(row, before) for row, before in zip(mixed, rows, strict=True) if row != before]
+    assert len(longer) >= len([row for row in rows if row["target"] == "answer"]) // (2 * sight.AFTER)
+    assert {len(row["messages"]) - len(before["messages"]) for row, before in longer} == {3, 5}  # to an answer's end
+    for row, before in longer:
+        assert row["target"] == "answer"
+        assert row["messages"][: len(row["messages"]) - len(before["messages"])] in (dialogue[:3], dialogue)
+        assert row["messages"][-len(before["messages"]) :] == before["messages"]
 
 
 def test_both_are_proved_and_described(eyes):
