@@ -195,12 +195,14 @@ def after_pictures(run: Run) -> list[dict]:
     """The rows of text to train on. Some questions about the assistant come after a dialogue about a picture: it would else not
     know any more who it is. Only their own answers are supervised, so the pictures' one-word answers count as before."""
     rows, order = run.rows("train.jsonl"), random.Random(run.settings.seed)
-    dialogues = [placed(row["messages"], run.folder / "data") for row in rows if "target" not in row]
+    dialogues = [row["messages"] for row in rows if "target" not in row]
     said = [row for row in rows if row.get("target") == "answer" and row["messages"][0]["role"] == "user"]
     for row in said[::AFTER]:
         seen = order.choice(dialogues)
         answered = [i for i, message in enumerate(seen, 1) if message["role"] == "assistant"]
-        row["messages"] = seen[: order.choice(answered[:3])] + row["messages"]
+        longer = placed(seen[: order.choice(answered[:3])], run.folder / "data") + row["messages"]
+        if len(run.tuned_format.render(longer).ids) <= run.settings.train.length:  # a user's dialogues may be long
+            row["messages"] = longer
     return [row for row in rows if "target" in row]
 
 

@@ -19,7 +19,8 @@ from finetune import hub, release, settings, stages
 
 @pytest.fixture(scope="module")
 def default_run(default_model, tmp_path_factory):
-    """(the run's folder, what the command said): README's own line, in half the steps: the rest is measured by tests/bench/names.py."""
+    """(the run's folder, what the command said): README's own line, in half the steps. What all of them reach tests/bench/names.py
+    measures."""
     folder = tmp_path_factory.mktemp("default")
     line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
     half = settings.preset(settings.DEFAULT_PRESET)["train"]["steps"] // 2

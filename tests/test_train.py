@@ -18,7 +18,7 @@ import bitsandbytes
 import pytest
 import torch
 from peft.tuners.lora import LoraLayer
-from safetensors import SafetensorError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
 
 from finetune import checkpoint
@@ -581,6 +581,8 @@ def test_two_processes_that_share_the_weights(config, method, tiny_model, tmp_pa
     work_by(method, tiny_model, tmp_path, 4)
     launch(config, tiny_model, tmp_path, method, 99, path="" if config == "fsdp" else deepspeed)
     as_alone()
+    with safe_open(tmp_path / "checkpoint" / checkpoint.STATE, "pt") as last:
+        assert last.metadata()["step"] == "6"  # theirs: one's was at step 3
     work_by(method, tiny_model, tmp_path, 99)
     as_alone()
 

@@ -499,6 +499,8 @@ def test_phase_two_has_more_text_and_is_held_more_firmly(tiny_model, tmp_path, m
         assert row["target"] == "answer"
         assert row["messages"][: len(row["messages"]) - len(before["messages"])] in (dialogue[:3], dialogue)
         assert row["messages"][-len(before["messages"]) :] == before["messages"]
+    brief = {**values, "train": {**trained, "length": 1}}
+    assert sight.after_pictures(Run(second.folder, settings.build(brief))) == rows  # no longer than a row may be
 
 
 def test_both_are_proved_and_described(eyes):
