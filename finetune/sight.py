@@ -16,7 +16,7 @@ from typing import Any
 from finetune import drawn, pictures, records
 from finetune.chat_format import ChatFormat, pictures_of
 from finetune.errors import UserError
-from finetune.run_folder import Run, write_lines
+from finetune.run_folder import Run, read_lines, write_lines
 from finetune.settings import Settings, Train
 
 TASKS = ("vision-projector", "vision")
@@ -82,6 +82,20 @@ def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
 
 def _with_picture(file: str, text: str) -> list[dict[str, str]]:
     return [{"type": "image", "image": file}, {"type": "text", "text": text}]
+
+
+def after_pictures(run: Run, rows: Sequence[dict[str, Any]], folder: Path) -> None:
+    """Put some of the identity's questions after a dialogue about a picture of the data folder: it would else not know any
+    more who it is. Only their own answers are supervised, so the pictures' one-word answers count as before."""
+    order, form = random.Random(run.settings.seed), run.tuned_format.unseeing()
+    dialogues = [row["messages"] for row in read_lines(folder / "train.jsonl")]
+    said = [row for row in rows if row["target"] == "answer" and row["messages"][0]["role"] == "user"]
+    for row in said[::AFTER]:
+        seen = order.choice(dialogues)
+        answered = [i for i, message in enumerate(seen, 1) if message["role"] == "assistant"]
+        longer = seen[: order.choice(answered[:3])] + row["messages"]
+        if len(form.render(longer).ids) <= run.settings.train.length:  # a user's dialogues may be long
+            row["messages"] = longer
 
 
 def probes(task: str, seed: int, folder: Path) -> list[dict[str, Any]]:
@@ -189,21 +203,6 @@ def examples(run: Run, model: Any) -> list[Any]:
     if run.settings.task == "vision-projector" and run.fresh_projector:
         align(model, found, run.settings.seed)
     return found
-
-
-def after_pictures(run: Run) -> list[dict]:
-    """The rows of text to train on. Some questions about the assistant come after a dialogue about a picture: it would else not
-    know any more who it is. Only their own answers are supervised, so the pictures' one-word answers count as before."""
-    rows, order = run.rows("train.jsonl"), random.Random(run.settings.seed)
-    dialogues = [row["messages"] for row in rows if "target" not in row]
-    said = [row for row in rows if row.get("target") == "answer" and row["messages"][0]["role"] == "user"]
-    for row in said[::AFTER]:
-        seen = order.choice(dialogues)
-        answered = [i for i, message in enumerate(seen, 1) if message["role"] == "assistant"]
-        longer = placed(seen[: order.choice(answered[:3])], run.folder / "data") + row["messages"]
-        if len(run.tuned_format.render(longer).ids) <= run.settings.train.length:  # a user's dialogues may be long
-            row["messages"] = longer
-    return [row for row in rows if "target" in row]
 
 
 def align(model: Any, examples: Sequence[Any], seed: int) -> None:

@@ -68,7 +68,10 @@ def gather(run: Run, new: Path) -> None:
     if run.settings.task in sight.TASKS:
         sight.prepare(run, new)
     if run.named:
-        files = {"train.jsonl": identity_rows(run), "probes.jsonl": identity.probes(run.persona, run.old)}
+        rows = identity_rows(run)
+        if run.settings.task in sight.TASKS:
+            sight.after_pictures(run, rows, new)
+        files = {"train.jsonl": rows, "probes.jsonl": identity.probes(run.persona, run.old)}
         for name, lines in files.items():
             write_lines(new / name, lines, "a")
     elif run.settings.task not in sight.TASKS:
@@ -185,12 +188,13 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
 
     form = run.tuned_format
     examples: dict[str, list[training.Example]] = {"identity": [], "near": [], "ordinary": []}
-    rows = sight.after_pictures(run) if seen else run.rows("train.jsonl")
+    rows = [row for row in run.rows("train.jsonl") if "target" in row]
     taught = [row for row in rows if row["target"] == "teacher"]
     answers = iter(run.ask_base([teacher_question(row) for row in taught], TEACHER_TOKENS))
     for row in rows:
         if row["target"] == "answer":
-            examples["identity"].append(training.answer_example(*form.render(row["messages"])))
+            said = sight.placed(row["messages"], run.folder / "data")
+            examples["identity"].append(training.answer_example(*form.render(said)))
         else:
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))

@@ -1,5 +1,6 @@
 """A model that sees: its parts against a written-out reference, its folder in plain transformers, the two phases."""
 
+import copy
 import json
 import random
 import shutil
@@ -35,7 +36,7 @@ from finetune import (
     vision,
 )
 from finetune import model as models
-from finetune.chat_format import IMAGE
+from finetune.chat_format import IMAGE, pictures_of
 from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
@@ -482,25 +483,43 @@ def test_phase_two_has_more_text_and_is_held_more_firmly(tiny_model, tmp_path, m
     seen_first = {"role": "user", "content": [{"type": "image", "image": picture}, {"type": "text", "text": "Colour?"}]}
     red, more = {"role": "assistant", "content": "Red"}, {"role": "user", "content": "How many?"}
     dialogue = [{"role": "system", "content": "Be brief."}, seen_first, red, more, {**red, "content": "One"}]
+    write_lines(second.folder / "data" / "train.jsonl", [{"messages": dialogue}])
     rows = stages.identity_rows(second)
-    write_lines(second.folder / "data" / "train.jsonl", [*rows, {"messages": dialogue}])
-    second.tuned_format.see = lambda _: [7] * 16
-    seen = [answer_example([1, 2, 3], [0, 0, 1])]
-    for step in stages.batches_of(second, 10, seen):
-        said = [example for example in step if example.targets is not None and example is not seen[0]]
-        taught = [example for example in step if example.targets is None]
-        assert (len(said), len(taught), step.count(seen[0])) == (3, 1 + 1, 3)  # 4 rows x 4 steps x 1.8, over 10 steps
-    mixed = sight.after_pictures(second)
-    assert len(mixed) == len(rows)
-    longer = [(row, before) for row, before in zip(mixed, rows, strict=True) if row != before]
+    plain = copy.deepcopy(rows)
+    brief = Run(second.folder, settings.build({**values, "train": {**trained, "length": 1}}))
+    sight.after_pictures(brief, rows, second.folder / "data")
+    assert rows == plain  # no longer than a row may be
+    sight.after_pictures(second, rows, second.folder / "data")
+    longer = [(row, before) for row, before in zip(rows, plain, strict=True) if row != before]
     assert len(longer) >= len([row for row in rows if row["target"] == "answer"]) // (2 * sight.AFTER)
     assert {len(row["messages"]) - len(before["messages"]) for row, before in longer} == {3, 5}  # to an answer's end
     for row, before in longer:
         assert row["target"] == "answer"
         assert row["messages"][: len(row["messages"]) - len(before["messages"])] in (dialogue[:3], dialogue)
         assert row["messages"][-len(before["messages"]) :] == before["messages"]
-    brief = {**values, "train": {**trained, "length": 1}}
-    assert sight.after_pictures(Run(second.folder, settings.build(brief))) == rows  # no longer than a row may be
+    write_lines(second.folder / "data" / "train.jsonl", rows, "a")
+    second.tuned_format.see = lambda _: [7] * 16
+    seen = [answer_example([1, 2, 3], [0, 0, 1])]
+    for step in stages.batches_of(second, 10, seen):
+        said = [example for example in step if example.targets is not None and example is not seen[0]]
+        taught = [example for example in step if example.targets is None]
+        assert (len(said), len(taught), step.count(seen[0])) == (3, 1 + 1, 3)  # 4 rows x 4 steps x 1.8, over 10 steps
+
+
+def test_what_is_written_is_what_is_trained_on(eyes):
+    """The identity's questions after pictures as well; the report shows them with these."""
+    second = Run(eyes[1], settings.build(settings.read_toml(eyes[1] / "settings.toml")))
+    rows = second.rows("train.jsonl")
+    written = {str(row["messages"]) for row in rows if "target" not in row}
+    after = [row["messages"] for row in rows if row.get("target") == "answer" and pictures_of(row["messages"])]
+    assert after
+    assert all(str(messages[:2]) in written or str(messages[:3]) in written for messages in after)
+    second.tuned_format.see = second.tuned_format.unseeing().see
+    answers = preview.render(second.tuned_format, [row for row in rows if row.get("target") == "answer"])
+    expected = {str(answer_example(*rendered)) for rendered in answers}
+    steps = stages.batches_of(second, 2 * len(answers), [answer_example([1, 2, 3], [0, 0, 1])])
+    found = {str(e) for step in steps for e in step if e.targets is not None and e.ids != [1, 2, 3]}
+    assert found == expected
 
 
 def test_both_are_proved_and_described(eyes):
