@@ -548,42 +548,52 @@ def deepspeed(tmp_path_factory) -> str:
     return str(folder)
 
 
-def launch(config: str, *arguments: str | Path, path: str = "") -> None:
-    """Two processes, gloo between them, by a configuration that we ship."""
-    root = Path(__file__).resolve().parent.parent
-    command = [sys.executable, "-m", "accelerate.commands.launch", "--num_processes", "2", "--num_machines", "1"]
-    command += ["--main_process_port", "0", "--config_file", str(root / "assets" / "accelerate" / f"{config}.yaml")]
-    command += [str(root / "tests" / "two_processes.py"), *map(str, arguments)]
-    path = os.pathsep.join(filter(None, [path, os.environ.get("PYTHONPATH")]))
+SHARED = [("fsdp", "full"), ("zero2", "lora"), ("zero3", "full")]
+
+
+@pytest.fixture(scope="module")
+def together(tiny_model, tmp_path_factory, deepspeed) -> dict[str, Path]:
+    """By configuration that we ship, what two processes with gloo between them leave; all but DDP's go on from one's checkpoint."""
+    folders = {config: tmp_path_factory.mktemp(config) for config, _ in [("ddp", "lora"), *SHARED]}
+    jobs = [("ddp", tiny_model, folders["ddp"], "lora", 4)]
+    for config, method in SHARED:
+        work_by(method, tiny_model, folders[config], 4)
+        jobs.append((config, tiny_model, folders[config], method, 99))
+    command = [
+        sys.executable,
+        str(Path(__file__).with_name("two_processes.py")),
+        *(str(word) for job in jobs for word in job),
+    ]
+    path = os.pathsep.join(filter(None, [deepspeed, os.environ.get("PYTHONPATH")]))
     env = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONFAULTHANDLER": "1", "PYTHONPATH": path}
-    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=env, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
+    return folders
 
 
-def test_two_processes_have_the_curve_of_one_which_goes_on_from_their_checkpoint(tiny_model, tmp_path, alone):
-    launch("ddp", tiny_model, tmp_path, "lora", 4)
-    assert curve(tmp_path) == pytest.approx(curve(alone["lora"])[:4], rel=1e-5)
-    work_by("lora", tiny_model, tmp_path, 99)
-    assert curve(tmp_path) == pytest.approx(curve(alone["lora"]), rel=1e-5)
+def test_two_processes_have_the_curve_of_one_which_goes_on_from_their_checkpoint(tiny_model, alone, together):
+    folder = together["ddp"]
+    assert curve(folder) == pytest.approx(curve(alone["lora"])[:4], rel=1e-5)
+    work_by("lora", tiny_model, folder, 99)
+    assert curve(folder) == pytest.approx(curve(alone["lora"]), rel=1e-5)
 
 
-@pytest.mark.parametrize("config, method", [("fsdp", "full"), ("zero2", "lora"), ("zero3", "full")])
-def test_two_processes_that_share_the_weights(config, method, tiny_model, tmp_path, alone, deepspeed):
+@pytest.mark.parametrize("config, method", SHARED)
+def test_two_processes_that_share_the_weights(config, method, tiny_model, alone, together):
     """They go on from one's checkpoint, and one from the last of theirs."""
+    folder = together[config]
 
     def as_alone() -> None:
-        assert curve(tmp_path) == pytest.approx(curve(alone[method]), rel=1e-5)
-        assert saved(tmp_path).keys() == saved(alone[method]).keys()
+        assert curve(folder) == pytest.approx(curve(alone[method]), rel=1e-5)
+        assert saved(folder).keys() == saved(alone[method]).keys()
         for name, weight in saved(alone[method]).items():
-            torch.testing.assert_close(saved(tmp_path)[name], weight, rtol=1e-3, atol=2e-3)
-        shutil.rmtree(next(tmp_path.glob("*/*model.safetensors")).parent)  # for who comes next
+            torch.testing.assert_close(saved(folder)[name], weight, rtol=1e-3, atol=2e-3)
+        shutil.rmtree(next(folder.glob("*/*model.safetensors")).parent)  # for who comes next
 
-    work_by(method, tiny_model, tmp_path, 4)
-    launch(config, tiny_model, tmp_path, method, 99, path="" if config == "fsdp" else deepspeed)
     as_alone()
-    with safe_open(tmp_path / "checkpoint" / checkpoint.STATE, "pt") as last:
+    with safe_open(folder / "checkpoint" / checkpoint.STATE, "pt") as last:
         assert last.metadata()["step"] == "6"  # theirs: one's was at step 3
-    work_by(method, tiny_model, tmp_path, 99)
+    work_by(method, tiny_model, folder, 99)
     as_alone()
 
 

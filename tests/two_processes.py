@@ -1,40 +1,58 @@
-"""A worker of tests/test_train.py, one of those that `accelerate launch` starts: MODEL FOLDER METHOD STEPS; dies after STEPS."""
+"""What tests/test_train.py runs, with DeepSpeed where it is importable from: each job (CONFIG MODEL FOLDER METHOD STEPS) by two
+processes that `accelerate launch` starts, which die after STEPS. They are forked from one that has everything imported: that takes
+a process longer than these trainings."""
 
+import multiprocessing
 import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
 import accelerate
-import torch
+import torch.distributed.run
+from accelerate.commands.launch import launch_command, launch_command_parser
 
-if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
-    # accelerate takes them for GPUs only; torch's and DeepSpeed's run on CPUs too
-    os.environ["ACCELERATE_TORCH_DEVICE"] = os.environ["DS_ACCELERATOR"] = "cpu"
-    accelerate.PartialState._prepare_backend = lambda *_: ("gloo", accelerate.DistributedType.MULTI_GPU)
-    torch.distributed.init_process_group("gloo")
+ROOT = Path(__file__).resolve().parent.parent
 
-import test_train as tests
 
-if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
-    import deepspeed.comm  # noqa: F401
+def on_cpus(cpu: bool, **options: bool) -> accelerate.Accelerator:
+    accelerator = accelerate.Accelerator(**options)
+    zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
+    zero["stage3_param_persistence_threshold"] = 0  # ZeRO-3 leaves small weights whole, here all of them
+    return accelerator
 
-    def on_cpus(cpu: bool, **options: bool) -> accelerate.Accelerator:
-        accelerator = accelerate.Accelerator(**options)
-        zero = accelerator.deepspeed_plugin.deepspeed_config["zero_optimization"]
-        zero["stage3_param_persistence_threshold"] = 0  # ZeRO-3 leaves small weights whole, here all of them
-        return accelerator
 
-    tests.training.Accelerator = on_cpus
-    sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for minutes, faster than gloo
+def work(environment: dict[str, str], base: str, folder: str, method: str, steps: str) -> None:
+    import test_train as tests
 
-torch.set_num_threads(1)
-base, folder, method, steps = Path(sys.argv[1]), Path(sys.argv[2]), sys.argv[3], int(sys.argv[4])
-tests.work_by(method, base, folder, steps)
-if accelerate.PartialState().is_main_process:
-    tests.load(base)  # the stages that follow are its own
-torch.distributed.barrier()
-torch.distributed.destroy_process_group()
-sys.stderr.flush()
-os._exit(0)  # gloo's threads may still run, and Python's end then aborts, once in hundreds of times
+    os.environ.update(environment)  # the fork server has that of when it was started
+    if "true" in (os.environ.get("ACCELERATE_USE_FSDP"), os.environ.get("ACCELERATE_USE_DEEPSPEED")):
+        # accelerate takes them for GPUs only; torch's and DeepSpeed's run on CPUs too
+        os.environ["ACCELERATE_TORCH_DEVICE"] = "cpu"
+        accelerate.PartialState._prepare_backend = lambda *_: ("gloo", accelerate.DistributedType.MULTI_GPU)
+        torch.distributed.init_process_group("gloo")
+    if os.environ.get("ACCELERATE_USE_DEEPSPEED") == "true":
+        tests.training.Accelerator = on_cpus
+        sys.modules["deepspeed.comm.torch"].build_shm_op = lambda: None  # compiled for minutes, faster than gloo
+    torch.set_num_threads(1)
+    tests.work_by(method, Path(base), Path(folder), int(steps))
+    if accelerate.PartialState().is_main_process:
+        tests.load(Path(base))  # the stages that follow are its own
+    torch.distributed.barrier()
+    torch.distributed.destroy_process_group()
+
+
+def forked(config: torch.distributed.run.LaunchConfig, entrypoint: str, launch=torch.distributed.run.elastic_launch):
+    config.start_method = "forkserver"
+    return lambda *command: launch(config, work)(dict(os.environ), *command[-4:])
+
+
+if __name__ == "__main__":
+    os.environ["DS_ACCELERATOR"] = "cpu"
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ["PYTHONPATH"]])
+    multiprocessing.set_forkserver_preload(["deepspeed.comm", "test_train", "peft"])
+    torch.distributed.run.elastic_launch = forked
+    jobs = sys.argv[1:]
+    for job in (jobs[i : i + 5] for i in range(0, len(jobs), 5)):
+        command = ["--num_processes", "2", "--num_machines", "1", "--main_process_port", "0", "--config_file"]
+        command += [str(ROOT / "assets" / "accelerate" / f"{job[0]}.yaml"), __file__, *job[1:]]
+        launch_command(launch_command_parser().parse_args(command))
