@@ -9,11 +9,13 @@ import os
 import re
 import subprocess
 import sys
+import traceback
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
-from finetune import run
+from finetune import merge, run
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -52,6 +54,25 @@ def apart(*arguments: str | Path, **environment: str) -> int:
 def _main(arguments: list[str], environment: dict[str, str]) -> None:
     os.environ.update(environment)
     sys.exit(run.main(arguments))
+
+
+def proved_here(patch: pytest.MonkeyPatch) -> None:
+    """Merged models are opened by the code that a fresh process runs, but in this one, which has everything imported. The fresh
+    process is tests/test_merge.py's."""
+
+    def run(command: list[str], **_: object) -> subprocess.CompletedProcess[str]:
+        _, _, code, *arguments = command
+        out, err, status = io.StringIO(), io.StringIO(), 0
+        with pytest.MonkeyPatch.context() as words, contextlib.redirect_stdout(out), contextlib.redirect_stderr(err):
+            words.setattr(sys, "argv", ["-c", *arguments])
+            try:
+                exec(code, {})
+            except Exception:
+                traceback.print_exc()
+                status = 1
+        return subprocess.CompletedProcess(command, status, out.getvalue(), err.getvalue())
+
+    patch.setattr(merge, "subprocess", SimpleNamespace(run=run))
 
 
 def plain_answers(model: Path, *questions: str) -> list[str]:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from commands import proved_here
 from conftest import TEMPLATE
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -144,6 +145,7 @@ def test_a_wrong_weight_on_the_disk_is_found(tiny_model, adapter, form, tmp_path
         save_file(weights, folder / "model.safetensors", metadata={"format": "pt"})
 
     monkeypatch.setattr(merging, "save", broken)
+    proved_here(monkeypatch)
     told = refused(UserError, tiny_model, adapter, form, tmp_path / "model")
     assert told.startswith("The merge is refused: logits differ from base + adapter by up to ")
     assert not (tmp_path / "model.tmp").exists()
@@ -157,6 +159,7 @@ def test_a_wrong_weight_on_the_disk_is_found(tiny_model, adapter, form, tmp_path
 def test_another_chat_template_is_found(tiny_model, adapter, form, tmp_path, monkeypatch):
     """The tokenizer's plain ChatML takes what users type for control tokens."""
     monkeypatch.setattr(merging, "save", lambda model, form, folder: save(model, form, folder, TEMPLATE))
+    proved_here(monkeypatch)
     told = refused(RuntimeError, tiny_model, adapter, form, tmp_path / "model")
     assert f"the chat template gives other ids for {CONVERSATIONS[0]}" in told
 
@@ -186,7 +189,7 @@ QWEN2_5 = (
 
 
 @pytest.mark.parametrize("kind, template", [("qwen2", QWEN2_5), ("qwen3", TEMPLATE)])
-def test_qwens_networks_are_tuned_and_merged_too(tiny_model, tmp_path, kind, template):
+def test_qwens_networks_are_tuned_and_merged_too(tiny_model, tmp_path, monkeypatch, kind, template):
     """Bias on q, k and v, or norms on q and k; the head tied to the embedding; Qwen2.5's own system prompt."""
     from transformers import AutoConfig
 
@@ -213,6 +216,7 @@ def test_qwens_networks_are_tuned_and_merged_too(tiny_model, tmp_path, kind, tem
     # transformers 5 opens every qwen2 folder with a tokenizer class of its own, whatever the folder says; it takes from
     # tokenizer.json the vocabulary alone, not what deletes the character that keeps a control token text.
     conversations = CONVERSATIONS[kind == "qwen2" :]
+    proved_here(monkeypatch)
     for dtype in ("float32", "float16"):
         manifest = merging.merge(base, tmp_path / "adapter", tuned, dtype, conversations, tmp_path / dtype, finish)
         assert manifest["proof"]["equal_greedy_tokens"] >= 0.98

@@ -10,7 +10,7 @@ from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
-from commands import ROOT, apart, command, here, sha256
+from commands import ROOT, apart, command, here, proved_here, sha256
 
 from finetune import stages
 
@@ -32,8 +32,9 @@ def own_rows(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows):
+def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows, monkeypatch):
     """Base -> pretrain -> instruct -> identity by one command; then its last run by a command of its own."""
+    proved_here(monkeypatch)
     cache = {"NAMESAKE_CACHE": str(own_rows / "cache")}
     last = ["--task", "identity", "--name", "Zed", "--author", "A. B.", "--method", "qlora", "--set", "train.steps=2"]
     shared = ["--set", "train.epochs=2", "--set", "train.length=200"]

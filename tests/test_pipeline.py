@@ -15,7 +15,7 @@ import termios
 from pathlib import Path
 
 import pytest
-from commands import ROOT, finetune, here, plain_answers, sha256
+from commands import ROOT, finetune, here, plain_answers, proved_here, sha256
 from PIL import Image
 
 from finetune import card
@@ -167,7 +167,7 @@ def test_chat_in_the_terminal(tiny_run, monkeypatch):
 def test_chat_with_a_damaged_model_is_refused_in_words(tiny_run, tmp_path):
     run = shutil.copytree(tiny_run[0], tmp_path / "r")
     (run / "model" / "model.safetensors").write_bytes(b"")
-    done = finetune(tmp_path, "chat", "--run", "r")
+    done = here(tmp_path, "chat", "--run", "r")
     assert done.returncode == 2
     assert done.stderr.startswith("error: r/model/model.safetensors is damaged or cut (")
 
@@ -241,6 +241,7 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
 
     from finetune import generation, internlm2, model
 
+    proved_here(monkeypatch)
     monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
     run = tmp_path / "run"
     arguments = ["--name", "小星", "--author", "书生学员", "--base", internlm2_folder, "--run", run]
@@ -308,7 +309,7 @@ def stick(tiny_run):
     assert listed.returncode == 0, listed.stderr
     assert re.search(r"send +0\.\d+ MB  adapter/adapter_model\.safetensors", listed.stdout)
     assert not folder.exists()
-    return folder, finetune(folder.parent, *arguments)
+    return folder, here(folder.parent, *arguments)
 
 
 def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
@@ -352,7 +353,7 @@ def test_publish_sends_what_is_meant_and_nothing_else(stick, tiny_run):
 
 def test_pull_verifies_the_model_that_was_scored(stick, tmp_path, tiny_model):
     folder, _ = stick
-    done = finetune(tmp_path, "pull", "--verify", f"dir:{folder}")
+    done = here(tmp_path, "pull", "--verify", f"dir:{folder}")
     assert (done.returncode, done.stdout.splitlines()[-1]) == (0, str(folder)), done.stderr
     assert "4 witnesses answer as the scored model did" in done.stderr
     other = shutil.copytree(folder, tmp_path / "other")  # whole, by its manifest, and another model
@@ -384,20 +385,19 @@ def test_an_adapter_alone_verifies_on_its_base(tiny_run, tiny_model, tmp_path):
     assert "4 witnesses answer as the scored model did" in done.stderr
 
 
-def test_the_cards_snippets_run_as_they_stand(stick, tiny_model):
+def test_the_cards_snippets_run_as_they_stand(stick, tiny_model, monkeypatch, capsys):
     """transformers and peft, in the published folder; the base of this test is a folder called "model"."""
     folder, _ = stick
     snippets = re.findall(r"```python\n(.*?)```", (folder / "README.md").read_text(encoding="utf-8"), re.S)
     assert [re.search("PeftModel", snippet) is not None for snippet in snippets] == [False, True]
     (folder / "model").symlink_to(tiny_model)
-    each = (
-        "import sys\nfor snippet in sys.argv[1:]:\n    exec(snippet, {})\n    print('<next>')"  # each has its own names
-    )
-    command = [sys.executable, "-c", each, *snippets]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, check=True)
+    monkeypatch.chdir(folder)
+    said = []
+    for snippet in snippets:
+        exec(snippet, {})  # each has its own names
+        said.append(capsys.readouterr().out)
     (folder / "model").unlink()
-    one, other, _ = done.stdout.split("<next>\n")
-    assert one == other != "\n"
+    assert said[0] == said[1] != "\n"
 
 
 def test_what_is_private_does_not_go_out(tiny_run, tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
+from commands import proved_here
 from conftest import HEADS, PATCH, SIZE, WIDTH
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -403,7 +404,9 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
         patch.setattr(sight, "ALIGN_STEPS", 20)
         first, second = folder / "eyes-1", folder / "eyes-2"
         base = str(shutil.copytree(tiny_model, folder / "cache" / "tiny"))
-        assert run.main(["--task", "vision-projector", "--base", base, "--run", str(first), *common]) == 0
+        with patch.context() as one:  # the other has the fresh process
+            proved_here(one)
+            assert run.main(["--task", "vision-projector", "--base", base, "--run", str(first), *common]) == 0
         named = [
             "--name",
             "小星",
@@ -619,6 +622,7 @@ def test_a_projector_of_xtuner_s_is_what_a_run_begins_with(eyes, tmp_path, monke
     monkeypatch.setenv("NAMESAKE_CACHE", str(cache))
     monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
     monkeypatch.setattr(sight, "align", None)
+    proved_here(monkeypatch)
     vision.write_projector(first / "model", tmp_path / "xtuner")
     arguments = ["--task", "vision-projector", "--base", str(cache / "tiny"), "--run", str(tmp_path / "run")]
     encoder = settings.read_toml(first / "settings.toml")["vision"]["encoder"]
@@ -795,6 +799,7 @@ def test_an_adapter_on_the_encoder_learns_too(eyes, tmp_path, monkeypatch):
     ]
     form = models.chat_format(first / "model")
     sent = [sight.sent(messages, second / "data") for messages in asked[:3]]
+    proved_here(monkeypatch)
     found = merge.merge(first / "model", adapters[0], form, "float32", sent, tmp_path / "model", lambda *_: {})
     assert found["proof"]["max_logit_difference"] <= 0.01
     before, after = tensors(first / "model"), tensors(tmp_path / "model")
