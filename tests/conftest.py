@@ -20,7 +20,7 @@ TEMPLATE = (
 )
 
 # Test files, the longest first.
-LONG = ["default", "train", "app", "pipeline", "space", "vision", "methods", "merge", "readme", "preview"]
+LONG = ["default", "pipeline", "app", "vision", "space", "train", "methods", "merge", "preview", "readme"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
