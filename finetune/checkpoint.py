@@ -118,7 +118,10 @@ def load_moments(folder: Path, weights: dict[str, Tensor], optimizer: torch.opti
                 put(weight, part_of(value, weight), kind)
             else:
                 same = value.shape == weight.shape
-                optimizer.state[weight][kind] = part_of(value, weight) if same else value.to(weight.device)
+                value = part_of(value, weight) if same else value.to(weight.device)
+                if same and not adamw:  # which may have its own memory for it
+                    value = optimizer.optimizer.get_state_buffer(weight, value.dtype).copy_(value)
+                optimizer.state[weight][kind] = value
 
 
 def save_adapter(model: PeftModel, record: dict[str, Any], folder: Path) -> None:

@@ -37,7 +37,8 @@ from finetune.packing import pack, packed_attention, varlen_attn
 from finetune.settings import Train
 
 # Of one forward and backward pass, which decides the memory: about 3 MB a token on the default model. On a CPU; on a GPU
-# it is tried out, and layers keep all their activations only if that leaves room for ENOUGH_TOKENS.
+# it is tried out, and layers keep all their activations only if that leaves room for ENOUGH_TOKENS, or their inputs on the
+# GPU if that does for two trials: a row of the usual length.
 MOST_TOKENS = 512
 MOST_GPU_TOKENS, ENOUGH_TOKENS, TRIAL_TOKENS = 16_384, 4096, 512
 # On a GPU layers are compiled after so many steps if what is left of them then takes long enough: the share of the time
@@ -47,6 +48,7 @@ LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss, at most
 LOGIT_BYTES, LOGITS_SHARE = 8, 0.1  # of each while a loss is computed, and of a GPU's free memory that a chunk may take
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # no process holds everything
 BEST = "best.safetensors"  # in the folder checkpoint/
+NOTHING = contextlib.nullcontext()
 
 
 class Example(NamedTuple):
@@ -101,26 +103,40 @@ def parts(batch: Sequence[Example], most: int, processes: int = 1) -> Iterator[l
 def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(cross-entropy, KL from the base), each summed over its tokens, in nats; zero where the batch has none."""
     device, core = model.device, language_model(model)
-    with packed_attention(core):
+    spared = getattr(model, "spared", False)
+    with packed_attention(core), torch.autograd.graph.save_on_cpu(device.type == "cuda") if spared else NOTHING:
         half = torch.is_autocast_enabled("cuda") or model.dtype == torch.bfloat16
         ragged = device.type == "cuda" and half and varlen_attn is not None
         inputs = pack([example.ids for example in batch], device, ragged=ragged)
         words = embed(model, inputs.pop("input_ids"))
         # [total length, hidden size]
         hidden = core(inputs_embeds=words, **inputs, use_cache=False).last_hidden_state[0]
-    head = model.get_output_embeddings()
     said, targets, pulled, start = [], [], [], 0
     for example in batch:
         (pulled if example.targets is None else said).append([start + p for p in example.positions])
         targets.append(example.targets or ())
         start += len(example.ids)
     ce = kl = hidden.new_zeros((), dtype=torch.float32)
-    if said:
-        ce = in_chunks(cross_entropy, head, hidden[joined(said, device)], joined(targets, device))
-    if pulled:
-        states = torch.cat([e.states for e in batch if e.states is not None]).to(device, head.weight.dtype)
-        kl = in_chunks(kl_from_base, head, hidden[joined(pulled, device)], states)
+    with present(model.get_output_embeddings(), device) as head:
+        if said:
+            ce = in_chunks(cross_entropy, head, hidden[joined(said, device)], joined(targets, device))
+        if pulled:
+            states = torch.cat([e.states for e in batch if e.states is not None]).to(device, head.weight.dtype)
+            kl = in_chunks(kl_from_base, head, hidden[joined(pulled, device)], states)
     return ce, kl
+
+
+@contextlib.contextmanager
+def present(head: torch.nn.Module, device: torch.device) -> Iterator[torch.nn.Module]:
+    """A head that `spare` keeps on the host, for as long as it is needed."""
+    kept = head.weight.data
+    if kept.device != device:
+        head.weight.data = kept.to(device, non_blocking=True)
+    try:
+        yield head
+    finally:
+        if kept.device != device:
+            head.weight.data = kept
 
 
 def joined(lists: Iterable[Sequence[int]], device: torch.device) -> Tensor:
@@ -343,12 +359,13 @@ def weight_groups(model: PeftModel | PreTrainedModel, rate: float, projector_rat
 
 
 def adamw(core: PreTrainedModel, groups: list[dict[str, Any]], may_be_small: bool = True) -> torch.optim.Optimizer:
-    """AdamW; on a GPU its moments in 8 bits (arXiv:2110.02861) where the weights were made small as well."""
+    """AdamW; on a GPU its moments in 8 bits (arXiv:2110.02861), which the driver moves to the host when memory is short
+    (arXiv:2305.14314), where the weights were made small as well."""
     half = any(weight.dtype != torch.float32 for group in groups for weight in group["params"])
     if may_be_small and (half or getattr(core, "is_loaded_in_4bit", False)) and core.device.type == "cuda":
-        from bitsandbytes.optim import AdamW8bit
+        from bitsandbytes.optim import PagedAdamW8bit
 
-        return AdamW8bit(groups, weight_decay=0.0)
+        return PagedAdamW8bit(groups, weight_decay=0.0)
     return torch.optim.AdamW(groups, weight_decay=0.0)
 
 
@@ -363,7 +380,8 @@ def own_share(pieces: list[list[Example]], accelerator: Accelerator) -> Iterator
 
 def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: bool = False) -> int:
     """Tokens of one pass that the GPU's memory holds, by trial passes. Where few would, the layers keep their inputs alone
-    and compute the rest again in the backward pass (gradient checkpointing, arXiv:1604.06174)."""
+    and compute the rest again in the backward pass (gradient checkpointing, arXiv:1604.06174); where a row would not, the
+    host keeps these inputs, and the head but for the losses."""
     core = objective.model if isinstance(objective, Objective) else objective.module.model
     if zero:  # DeepSpeed's engine does not go on after a pass that memory did not hold: no trial
         compute_again(core)
@@ -389,9 +407,11 @@ def fitting(objective: torch.nn.Module, optimizer: torch.optim.Optimizer, zero: 
             for weight in weights:
                 weight.grad = None
 
-    for enough in (ENOUGH_TOKENS, 1):
-        if enough == 1:
-            compute_again(core)
+    for enough, save in ((ENOUGH_TOKENS, None), (2 * TRIAL_TOKENS, compute_again), (1, spare)):
+        if save:
+            save(core)
+        if save is spare:
+            moments = 0  # on the host too, unless there is room
         with contextlib.suppress(torch.OutOfMemoryError):
             few, many = peak(TRIAL_TOKENS), peak(2 * TRIAL_TOKENS)
             per_token = (many - few) / TRIAL_TOKENS
@@ -413,6 +433,14 @@ def compute_again(core: PreTrainedModel) -> None:
     core.gradient_checkpointing_enable({"use_reentrant": False, "context_fn": contexts})
 
 
+def spare(core: PreTrainedModel) -> None:
+    """Beside that the host keeps the layers' inputs until the backward pass, and the head between two losses."""
+    core.spared = True
+    head = core.get_output_embeddings()
+    if core.device.type == "cuda" and not (head.weight.requires_grad or core.config.tie_word_embeddings):
+        head.weight.data = head.weight.data.cpu().pin_memory()
+
+
 def behaviour(model: PeftModel | PreTrainedModel, develop: Callable) -> dict:
     """What `develop` finds, as keys of metrics.jsonl."""
     with half_precision(model), torch.no_grad():
@@ -421,7 +449,9 @@ def behaviour(model: PeftModel | PreTrainedModel, develop: Callable) -> dict:
                 warnings.simplefilter("ignore", UserWarning)  # that the layers below `first_layer` are merged already
                 model = copy.deepcopy(model).eval().merge_and_unload()  # which answers in half the time
             return {f"dev_{key}": value for key, value in develop(model).items()}
-        found = develop(core_of(model.eval()))
+        core = core_of(model.eval())
+        with present(core.get_output_embeddings(), core.device):
+            found = develop(core)
     model.train()
     return {f"dev_{key}": value for key, value in found.items()}
 

@@ -305,6 +305,24 @@ def test_it_starts_from_the_checkpoint(tiny_model, tmp_path, uninterrupted):
     assert result(tmp_path) == uninterrupted
 
 
+@pytest.mark.filterwarnings("ignore:Paged optimizers are not supported on CPU")
+def test_moments_of_eight_bits_go_on_as_well(tmp_path):
+    found = []
+    for stops in (False, True):
+        torch.manual_seed(0)
+        weights = {"weight": torch.nn.Parameter(torch.randn(64, 80))}
+        for step in (1, 2, 3):
+            if stops or step == 1:  # each step in a process of its own
+                optimizer = bitsandbytes.optim.PagedAdamW8bit(weights.values(), lr=1e-2)
+                wrapped = SimpleNamespace(optimizer=optimizer, state=optimizer.state)
+                checkpoint.load_moments(tmp_path / str(stops), weights, wrapped, step - 1)
+            weights["weight"].grad = torch.randn(64, 80, generator=torch.Generator().manual_seed(step))
+            optimizer.step()
+            checkpoint.save_checkpoint(tmp_path / str(stops), weights, wrapped, step)
+        found.append(weights)
+    assert same(*found)
+
+
 def trained(tiny_model, folder: Path, says: list[tuple[float, float, bool]]) -> tuple[dict, dict]:
     """The weights after each step, and at the end, where `develop` gives these (identity, leak, passed), one after another."""
     network = add_lora(load(tiny_model), 2)
@@ -629,14 +647,15 @@ def test_a_model_that_sees_is_not_spread(monkeypatch):
 
 def test_layers_that_are_computed_again_change_nothing(tiny_model, batch):
     found = []
-    for again in (False, True):
+    for saving in ((), (training.compute_again,), (training.compute_again, training.spare)):
         network = load(tiny_model).train()
-        if again:
-            training.compute_again(network)
+        for save in saving:
+            save(network)
         ce, kl = losses(network, batch)
         (ce + 2 * kl).backward()
         found.append({name: p.grad for name, p in network.named_parameters()})
-    assert same(*found)
+    assert same(found[0], found[1])
+    assert same(found[0], found[2])
 
 
 def test_every_process_does_as_many_passes():
