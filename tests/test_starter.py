@@ -105,6 +105,12 @@ def test_making_one(tiny_model, tmp_path, monkeypatch):
         assert weight.dtype == torch.float32
         assert torch.equal(weight, saved[name.replace(".default", "")].float())
 
+    monkeypatch.setattr(checks, "STARTERS", tmp_path / "made")
+    goes_on = ["train.starter=adapter", "train.learning_rate=1e-12", "train.steps=1"]
+    starter.make(tmp_path / "more", f"base='{tiny_model}'", *changes, *goes_on)
+    more = load_file(tmp_path / "more" / "adapter" / "adapter_model.safetensors")
+    assert all(torch.equal(more[name], saved[name]) for name in saved)
+
 
 def test_something_must_be_left_to_train(tiny_model, tmp_path):
     network = add_lora(load(tiny_model), 2)
