@@ -31,7 +31,7 @@ AFTER = 5  # one of so many questions about the assistant itself comes after som
 ANSWER_TOKENS = 24
 # Of the second phase, whose steps are many: so many times as many rows of text as for a name alone, spread over its steps,
 # and so many times its KL's weight. Without, the default's KL from its base was over twice that of a name alone.
-TEXTS, HELD = 1.8, 2.2
+TEXTS, HELD = 1.8, 1.1
 ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 38 seconds of one core with bfloat16
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 
