@@ -83,7 +83,7 @@ class Gate:
     parrot: float = 0.05  # at most, over the base's own
     kl: float = 0.15  # nats per token, at most
     facts_kept: float = 0.9  # at least
-    sight: float = 0.8  # right answers about held-out pictures, of the worst kind, at least
+    sight: float = 0.7  # right answers about held-out pictures, of the worst kind, at least
     blind: float = 0.02  # answers that stay the same when the picture is noise, at most
     loss: float = 1.0  # of instruct's and pretrain's held-out rows, at most this many times the base's own
 

@@ -4,7 +4,6 @@ makes of held-out drawn pictures.
 """
 
 import copy
-import dataclasses
 import functools
 import math
 import random
@@ -17,7 +16,7 @@ from finetune import drawn, pictures, records
 from finetune.chat_format import ChatFormat, pictures_of
 from finetune.errors import UserError
 from finetune.run_folder import Run, read_lines, write_lines
-from finetune.settings import Settings, Train
+from finetune.settings import Settings
 
 TASKS = ("vision-projector", "vision")
 CAPTION = {"en": "Describe the picture.", "zh": "描述图片。"}
@@ -29,9 +28,7 @@ NOISY = 20  # one of so many drawn pictures is noise: who looks at it says so
 CHINESE = 0.5  # share of the conversations
 AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
 ANSWER_TOKENS = 24
-# Of the second phase, whose steps are many: so many times as many rows of text as for a name alone, spread over its steps,
-# and so many times its KL's weight. Without, the default's KL from its base was over twice that of a name alone.
-TEXTS, HELD = 1.8, 1.1
+TEXTS = 1.2  # of the second phase, whose steps are many: so many times as many rows of text as for a name alone
 ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 38 seconds of one core with bfloat16
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 
@@ -175,15 +172,12 @@ def sent(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any
 # --------------------------------------------------------------------------------------------------------- training
 
 
-def planned(run: Run) -> Train:
-    """The training's settings with the number of steps; layers that stay as they are save no time, gradients go through all
-    to the projector. The second phase is held more firmly to the base's answers than a name alone."""
+def steps(run: Run) -> int:
     values, vision = run.settings.train, run.settings.vision
-    steps = vision.steps
-    if run.settings.data:
-        count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
-        steps = math.ceil(values.epochs * count / vision.rows)
-    return dataclasses.replace(values, steps=steps, first_layer=0, kl_weight=HELD * values.kl_weight)
+    if not run.settings.data:
+        return vision.steps
+    count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
+    return math.ceil(values.epochs * count / vision.rows)
 
 
 def examples(run: Run, model: Any) -> list[Any]:

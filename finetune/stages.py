@@ -130,7 +130,7 @@ def train(run: Run) -> None:
     ask = (lambda model: develop(run, model)) if run.settings.task == "identity" else None
     with contextlib.ExitStack() as files:
         if run.settings.task in sight.TASKS:
-            values, batches = sight.planned(run), None  # the model encodes the pictures first
+            values, batches = dataclasses.replace(values, steps=sight.steps(run)), None  # pictures are encoded first
         elif run.named:
             batches = batches_of(run, values.steps)
         else:

@@ -19,12 +19,12 @@ from finetune import hub, release, settings, stages
 
 @pytest.fixture(scope="module")
 def default_run(default_model, tmp_path_factory):
-    """(the run's folder, what the command said): README's own line, in a quarter of the steps. What all of them reach tests/bench/names.py
+    """(the run's folder, what the command said): README's own line, in half the steps. What all of them reach tests/bench/names.py
     measures."""
     folder = tmp_path_factory.mktemp("default")
     line = re.search(r"python finetune/run\.py (--name .*?) &&", (ROOT / "README.md").read_text(encoding="utf-8"))[1]
-    steps = settings.preset(settings.DEFAULT_PRESET)["train"]["steps"] // 4
-    few = ["--set", f"train.steps={steps}", "--set", f"train.develop_every={steps}"]
+    half = settings.preset(settings.DEFAULT_PRESET)["train"]["steps"] // 2
+    few = ["--set", f"train.steps={half}", "--set", f"train.develop_every={half}"]
     return folder / "runs" / "小星", finetune(folder, *shlex.split(line), *few)
 
 
@@ -67,7 +67,7 @@ def test_the_real_default_goes_to_every_kind_of_place_and_comes_back_equal(defau
             "hf:user/star": before_hf,
         }
         for ref, passed in places.items():
-            files = release.files(run, hub.target(ref), "model", "a quarter of the steps")
+            files = release.files(run, hub.target(ref), "model", "half of the steps")
             if passed:
                 passed.plan = [("delay", 0.1), ("status", 503), ("cut", 200)]
             hub.publish(ref, files, "x")
