@@ -823,7 +823,9 @@ def test_an_example_is_sent_and_nothing_is_not(engine, url, visit):
     engine.says("I am.")
     page = visit(url)
     assert page.get_by_role("button", name="Add a picture").count() == 0  # of a model of text alone
-    send(page, "  ")
+    with page.expect_response(lambda response: "/queue/join" in response.url):
+        send(page, "  ")
+    assert talk(page) == []
     page.get_by_text("你是谁？").click()
     sees(page, ("user", "你是谁？"), ("bot", "I am."))
 
