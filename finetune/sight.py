@@ -173,6 +173,7 @@ def sent(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any
 
 
 def steps(run: Run) -> int:
+    """Of the training: as set where the pictures are drawn, else train.epochs times through the user's rows."""
     values, vision = run.settings.train, run.settings.vision
     if not run.settings.data:
         return vision.steps

@@ -48,7 +48,6 @@ LOGITS = 1 << 25  # tokens x vocabulary of one chunk of a loss, at most
 LOGIT_BYTES, LOGITS_SHARE = 8, 0.1  # of each while a loss is computed, and of a GPU's free memory that a chunk may take
 SHARDED = (DistributedType.FSDP, DistributedType.DEEPSPEED)  # no process holds everything
 BEST = "best.safetensors"  # in the folder checkpoint/
-NOTHING = contextlib.nullcontext()
 
 
 class Example(NamedTuple):
@@ -103,8 +102,10 @@ def parts(batch: Sequence[Example], most: int, processes: int = 1) -> Iterator[l
 def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(cross-entropy, KL from the base), each summed over its tokens, in nats; zero where the batch has none."""
     device, core = model.device, language_model(model)
-    spared = getattr(model, "spared", False)
-    with packed_attention(core), torch.autograd.graph.save_on_cpu(device.type == "cuda") if spared else NOTHING:
+    inputs_kept = contextlib.nullcontext()
+    if getattr(model, "spared", False):
+        inputs_kept = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
+    with packed_attention(core), inputs_kept:
         half = torch.is_autocast_enabled("cuda") or model.dtype == torch.bfloat16
         ragged = device.type == "cuda" and half and varlen_attn is not None
         inputs = pack([example.ids for example in batch], device, ragged=ragged)
