@@ -103,7 +103,7 @@ def load_moments(folder: Path, weights: dict[str, Tensor], optimizer: torch.opti
         return
     if not parts:
         for weight in weights.values():
-            optimizer.state[weight] = {"step": torch.tensor(float(step)) if adamw else step}
+            optimizer.state[weight] = {"step": torch.tensor(float(step), device=weight.device) if adamw else step}
     with safe_open(folder / STATE, "pt") as saved:
         for key in saved.keys():  # noqa: SIM118 - safetensors has no other way
             kind, _, name = key.partition(".")

@@ -69,11 +69,12 @@ def pack(
     sequences: Sequence[Sequence[int]], device: torch.device | None = None, *, ragged: bool = False
 ) -> dict[str, Any]:
     """Model inputs for all sequences in one row: input_ids and position_ids, both [1, total length], and the attention's
-    bands. The positions start again at 0 with every sequence.
+    bands, or the number of its lines where all are of one length. The positions start again at 0 with every sequence.
 
     `ragged`, on a GPU in 16 bits: a kernel takes the row as it is, with the sequences' bounds. The row is then filled up
     by at most an eighth, and the bounds too, so that few different shapes come: what is compiled is compiled once.
     """
+    filler = 0
     if ragged:
         total = sum(map(len, sequences))
         step = max(128, 1 << max(0, (total - 1).bit_length() - 4))
@@ -88,6 +89,8 @@ def pack(
         return torch.from_numpy(values).to(device)
 
     inputs = {"input_ids": tensor(ids)[None], "position_ids": tensor(positions)[None]}
+    if not filler and (lengths == lengths[0]).all():
+        return {**inputs, "lines": len(lengths)}
     if ragged:
         bounds = np.full(1 + (1 << (len(lengths) - 1).bit_length()), len(ids), np.int32)
         bounds[: len(lengths)] = starts
@@ -112,13 +115,16 @@ def attention(
     attention_mask: None,
     *,
     scaling: float,
+    lines: int = 0,
     bands: Sequence[Band] = (),
     bounds: Tensor | None = None,
     longest: int = 0,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """Causal attention within each sequence. For this step alone every sequence gets a line of its own, filled up on the
-    right, where no token looks: the cost is the sum of their squared lengths, not the square of the sum."""
+    right, where no token looks: the cost is the sum of their squared lengths, not the square of the sum. Sequences of one
+    length are such lines already, and torch's own kernels for these are the fastest: of 8 x 2048 tokens on an H200, with
+    16 heads of 128, forward and backward take 1.33 ms, `varlen_attn` 2.25."""
     dtype = value.dtype  # under autocast the rotary step leaves query and key in float32
     if bounds is not None:
         rows = (tensor[0].transpose(0, 1).to(dtype) for tensor in (query, key, value))
@@ -128,18 +134,22 @@ def attention(
     states = [
         tensor[0].transpose(0, 1).to(compute) for tensor in (query, key, value)
     ]  # [total length, heads, head size]
+
+    def attend(grid: tuple[int, int], states: Iterable[Tensor]) -> Tensor:
+        rows = (tensor.unflatten(0, grid).transpose(1, 2) for tensor in states)  # [lines, heads, width, head size]
+        with torch.autocast(query.device.type, enabled=False):
+            out = F.scaled_dot_product_attention(*rows, is_causal=True, scale=scaling, enable_gqa=True)
+        return out.transpose(1, 2).flatten(0, 1)
+
+    if lines:
+        return attend((lines, -1), states).to(dtype)[None], None
     parts = []
     for grid, tokens, slots in bands:
-        lines = [
-            tensor.new_zeros(grid[0] * grid[1], *tensor.shape[1:])
-            .index_copy(0, slots, tensor[tokens])
-            .unflatten(0, grid)
-            .transpose(1, 2)  # [sequences, heads, width, head size]
+        filled = [
+            tensor.new_zeros(grid[0] * grid[1], *tensor.shape[1:]).index_copy(0, slots, tensor[tokens])
             for tensor in states
         ]
-        with torch.autocast(query.device.type, enabled=False):
-            out = F.scaled_dot_product_attention(*lines, is_causal=True, scale=scaling, enable_gqa=True)
-        parts.append(out.transpose(1, 2).flatten(0, 1)[slots])
+        parts.append(attend(grid, filled)[slots])
     out = torch.empty_like(states[0]).index_copy(0, torch.cat([band.tokens for band in bands]), torch.cat(parts))
     return out.to(dtype)[None], None
 
@@ -151,6 +161,9 @@ AttentionInterface.register("packed", attention)
 def packed_attention(model: PreTrainedModel, name: str = "packed") -> Iterator[None]:
     """Within it the model takes what `pack` gives, or attends by another function of that name."""
     before = model.config._attn_implementation
+    if before == name:
+        yield
+        return
     model.set_attn_implementation(name)
     try:
         yield

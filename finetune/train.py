@@ -7,6 +7,7 @@ nothing else changes, while the base is asked under its own default system promp
 
 import contextlib
 import copy
+import functools
 import itertools
 import json
 import random
@@ -102,6 +103,15 @@ def parts(batch: Sequence[Example], most: int, processes: int = 1) -> Iterator[l
 def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Tensor]:
     """(cross-entropy, KL from the base), each summed over its tokens, in nats; zero where the batch has none."""
     device, core = model.device, language_model(model)
+    said, targets, pulled, start = [], [], [], 0
+    for example in batch:
+        (pulled if example.targets is None else said).append([start + p for p in example.positions])
+        targets.append(example.targets or ())
+        start += len(example.ids)
+    # All that goes to a GPU goes there first: later it would wait for the model's pass.
+    said, targets, pulled = (joined(lists, device) for lists in (said, targets, pulled))
+    states = [example.states for example in batch if example.states is not None]
+    states = torch.cat(states).to(device) if states else None
     inputs_kept = contextlib.nullcontext()
     if getattr(model, "spared", False):
         inputs_kept = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
@@ -112,18 +122,13 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
         words = embed(model, inputs.pop("input_ids"))
         # [total length, hidden size]
         hidden = core(inputs_embeds=words, **inputs, use_cache=False).last_hidden_state[0]
-    said, targets, pulled, start = [], [], [], 0
-    for example in batch:
-        (pulled if example.targets is None else said).append([start + p for p in example.positions])
-        targets.append(example.targets or ())
-        start += len(example.ids)
+    own = compiled if getattr(model, "compiled", False) else lambda loss: loss
     ce = kl = hidden.new_zeros((), dtype=torch.float32)
     with present(model.get_output_embeddings(), device) as head:
-        if said:
-            ce = in_chunks(cross_entropy, head, hidden[joined(said, device)], joined(targets, device))
-        if pulled:
-            states = torch.cat([e.states for e in batch if e.states is not None]).to(device, head.weight.dtype)
-            kl = in_chunks(kl_from_base, head, hidden[joined(pulled, device)], states)
+        if len(said):
+            ce = in_chunks(own(cross_entropy), head, hidden[said], targets)
+        if states is not None:
+            kl = in_chunks(own(kl_from_base), head, hidden[pulled], states.to(head.weight.dtype))
     return ce, kl
 
 
@@ -168,6 +173,7 @@ def kl_from_base(head: torch.nn.Module, hidden: Tensor, states: Tensor) -> tuple
 
 
 Loss = Callable[[torch.nn.Module, Tensor, Tensor], tuple[Tensor, Tensor]]
+compiled = functools.cache(torch.compile)
 
 
 def in_chunks(loss: Loss, head: torch.nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
@@ -330,6 +336,7 @@ def train(
                 if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type not in SHARDED:
                     for layer in language_model(core).layers:
                         layer.compile(dynamic=False)
+                    core.compiled = True  # for its losses
             yield step
     if develop and asked(history) and best(history) is not history[-1]:
         with torch.no_grad():
@@ -367,7 +374,8 @@ def adamw(core: PreTrainedModel, groups: list[dict[str, Any]], may_be_small: boo
         from bitsandbytes.optim import PagedAdamW8bit
 
         return PagedAdamW8bit(groups, weight_decay=0.0)
-    return torch.optim.AdamW(groups, weight_decay=0.0)
+    # Fused it needs no memory beside weights, gradients and moments; ZeRO has an own copy of the weights, on the CPU too.
+    return torch.optim.AdamW(groups, weight_decay=0.0, fused=may_be_small and core.device.type == "cuda")
 
 
 def own_share(pieces: list[list[Example]], accelerator: Accelerator) -> Iterator[tuple[list[Example], float, bool]]:

@@ -47,10 +47,26 @@ def test_ids_positions_and_bands():
     assert long.slots.tolist() == [*range(2 * WIDTH + 1), *range(3 * WIDTH, 6 * WIDTH)]
 
 
+def test_sequences_of_one_length_are_lines_as_they_are(model):
+    """And see each other as little as others do."""
+    sequences = [ids[:WIDTH] for ids in conversations() if len(ids) >= WIDTH]
+    inputs = pack(sequences)
+    assert inputs["lines"] == len(sequences) == 3
+    assert "bands" not in inputs
+    with torch.no_grad():
+        for a, b in zip(packed(model, sequences), alone(model, sequences), strict=True):
+            torch.testing.assert_close(a, b, rtol=1e-5, atol=1e-5)
+
+
+def test_a_gpus_rows_are_lines_only_where_they_need_no_filling_up():
+    assert pack([[0] * 64] * 4, ragged=True)["lines"] == 4
+    assert "lines" not in pack([[0] * 60] * 4, ragged=True)  # else each length would be compiled
+
+
 def test_the_attentions_lines_are_at_least_half_full():
     source = random.Random(0)
     for _ in range(20):
-        lengths = [source.randint(WIDTH, 2000) for _ in range(source.randint(1, 30))]
+        lengths = [source.randint(WIDTH, 2000) for _ in range(source.randint(2, 30))]
         bands = pack([[0] * length for length in lengths])["bands"]
         assert sum(band.grid[0] for band in bands) == len(lengths)
         assert sum(band.grid[0] * band.grid[1] for band in bands) < 2 * sum(lengths) + WIDTH * len(lengths)

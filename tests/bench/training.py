@@ -5,6 +5,7 @@ tiny shape on any machine, to see that it runs. Each case is trained in a proces
 train stage calls it, no setting changed; "plain" ones are a loop of ten lines around peft, for comparison.
 
 lora-1.8b                    rank 64, rows of 2048 tokens, 16,384 a step: the figure is tokens/s once layers are compiled
+lora-1.8b-mixed              the same of conversations of 64 to 2048 tokens
 qlora-7b-8gb, -5.6gb         rank 64, rows of 1024 tokens, under that cap of GPU memory
 qlora-1.8b-2.2gb             the same of the small shape
 plain-qlora-7b, -1.8b        bfloat16 adapters, checkpointing, one row of 1024 a step, AdamW with 8-bit moments
@@ -38,6 +39,7 @@ SHAPES = {  # hidden size, layers, heads, key and value heads, intermediate size
 }
 CASES = {  # method, shape, tokens of a row, cap in GB, steps that are measured
     "lora-1.8b": ("lora", "1.8b", 2048, None, 60),
+    "lora-1.8b-mixed": ("lora", "1.8b", 2048, None, 90),
     "qlora-7b-8gb": ("qlora", "7b", 1024, 8.0, 12),
     "qlora-7b-5.6gb": ("qlora", "7b", 1024, 5.6, 8),
     "qlora-1.8b-2.2gb": ("qlora", "1.8b", 1024, 2.2, 12),
@@ -75,15 +77,20 @@ def make(shape: str, folder: Path) -> Path:
     return folder
 
 
-def rows(vocabulary: int, length: int, tokens: int, seed: int = 0) -> Any:
-    """Steps without end, each as many full rows as it holds."""
+def rows(vocabulary: int, length: int, tokens: int, mixed: bool = False, seed: int = 0) -> Any:
+    """Steps without end, each of `tokens`: full rows, or conversations of a 32nd of a row and more."""
     source = torch.Generator().manual_seed(seed)
     while True:
-        ids = torch.randint(vocabulary, (max(1, tokens // length), length), generator=source).tolist()
-        yield [training.answer_example(row, [1] * length) for row in ids]
+        ids = torch.randint(vocabulary, (max(length, tokens // length * length),), generator=source).tolist()
+        batch = []
+        while ids:
+            size = torch.randint(length // 32, length + 1, (), generator=source).item() if mixed else length
+            row, ids = ids[:size], ids[size:]
+            batch.append(training.answer_example(row, [1] * len(row)))
+        yield batch
 
 
-def ours(folder: Path, method: str, length: int, steps: int, run: Path) -> float:
+def ours(folder: Path, method: str, length: int, mixed: bool, steps: int, run: Path) -> float:
     """Tokens/s over the last half of the steps."""
     values = Train(rank=64, steps=LONG, checkpoint_every=LONG)
     model = models.load_for_training(folder, method)
@@ -92,7 +99,7 @@ def ours(folder: Path, method: str, length: int, steps: int, run: Path) -> float
     run.mkdir()
     vocabulary = model.get_output_embeddings().weight.shape[0]
     tokens = min(values.tokens, 8 * length)
-    for _ in itertools.islice(training.train(model, rows(vocabulary, length, tokens), values, run), steps):
+    for _ in itertools.islice(training.train(model, rows(vocabulary, length, tokens, mixed), values, run), steps):
         pass
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     half, last = lines[(len(lines) - 1) // 2], lines[-1]
@@ -142,7 +149,10 @@ def measure(name: str, folder: Path, small: bool, work: Path) -> dict[str, Any]:
     length, steps = (32, 2) if small else (length, steps)
     if cap and torch.cuda.is_available():
         torch.cuda.set_per_process_memory_fraction(cap * 1e9 / torch.cuda.mem_get_info()[1])
-    speed = plain(folder, length, steps) if method == "plain" else ours(folder, method, length, steps, work / name)
+    if method == "plain":
+        speed = plain(folder, length, steps)
+    else:
+        speed = ours(folder, method, length, name.endswith("-mixed"), steps, work / name)
     found = {"case": name, "tokens_per_s": round(speed)}
     if torch.cuda.is_available():
         found["peak_gb"] = round(torch.cuda.max_memory_allocated() / 1e9, 2)
