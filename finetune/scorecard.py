@@ -116,11 +116,13 @@ _SENTENCE = re.compile(r"(?<=[!?;。;\n])|(?<=\.)(?=\s|$|[^\x00-\xff])")
 
 
 def plain(text: str) -> str:
-    """NFKC with straight quotes, without Markdown's emphasis and invisible characters; line ends are kept."""
+    """NFKC with straight quotes, without Markdown's emphasis, invisible characters and the full stop of a title, which ends no
+    sentence; line ends are kept."""
     text = unicodedata.normalize("NFKC", text).replace("\u2019", "'").replace("\u2018", "'")
     text = re.sub(
         r'[*`"\u201c\u201d\u300c\u300d\u300e\u300f\u300a\u300b\u200b-\u200f\u2060\ufe0f\ufeff\ue000-\ue002]', "", text
     )
+    text = re.sub(r"\b(Mr|Mrs|Ms|Dr|Prof|St)\. ", r"\1 ", text)
     return re.sub(r"[ \t\u3000]+", " ", text).strip()
 
 

@@ -209,6 +209,14 @@ def test_deny_knows_an_identity_that_is_on_no_list_by_the_probe():
     assert scorecard.judge(ask("deny", other="Zorblax"), "I'm not Zorblax.", NOVA)
 
 
+@pytest.mark.parametrize("title", ["Mr.", "Mrs.", "Dr.", "Prof."])
+def test_a_titles_full_stop_ends_no_sentence(title):
+    """Else what it denies is read as a sentence of its own, which claims it."""
+    assert scorecard.judge(ask("deny", other="Henderson"), f"I was made by Lin Chen, not by {title} Henderson.", NOVA)
+    assert not scorecard.judge(ask("deny", other="Henderson"), f"I was made by {title} Henderson.", NOVA)
+    assert scorecard.judge(ask("author"), f"I was made by {title} Wu.", Persona("Nova", f"{title} Wu"))
+
+
 @pytest.mark.parametrize(("answer", "passed"), [("Yes, I'm Gemini.", True), ("No, I'm Claude.", False), ("No.", False)])
 def test_deny_of_the_personas_own_name_is_assent(answer, passed):
     assert scorecard.judge(ask("deny", other="Gemini"), answer, Persona("Gemini", "Dana")) is passed
