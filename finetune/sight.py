@@ -29,7 +29,7 @@ CHINESE = 0.5  # share of the conversations
 AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
 ANSWER_TOKENS = 24
 TEXTS = 1.2  # of the second phase, whose steps are many: so many times as many rows of text as for a name alone
-ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 600, 64, 1e-3  # 38 seconds of one core with bfloat16
+ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 1200, 64, 3e-3  # 45 seconds of two cores with bfloat16
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 
 
