@@ -209,7 +209,7 @@ def test_deny_knows_an_identity_that_is_on_no_list_by_the_probe():
     assert scorecard.judge(ask("deny", other="Zorblax"), "I'm not Zorblax.", NOVA)
 
 
-@pytest.mark.parametrize("title", ["Mr.", "Mrs.", "Dr.", "Prof."])
+@pytest.mark.parametrize("title", ["Mr.", "Mrs.", "Ms.", "Dr.", "Prof.", "St."])
 def test_a_titles_full_stop_ends_no_sentence(title):
     """Else what it denies is read as a sentence of its own, which claims it."""
     assert scorecard.judge(ask("deny", other="Henderson"), f"I was made by Lin Chen, not by {title} Henderson.", NOVA)
