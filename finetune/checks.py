@@ -14,10 +14,9 @@ from packaging.requirements import Requirement
 from finetune import embedded, identity, records, settings, sight
 from finetune.embedded import say
 from finetune.errors import Problems, UserError
-from finetune.run_folder import Run
+from finetune.run_folder import STARTERS, Run
 
 ROOT = Path(__file__).resolve().parent.parent
-STARTERS = ROOT / "assets" / "starters"
 MEMORY_BYTES = 2_000_000_000  # beside copies of the base's weights: libraries, activations, an adapter's optimizer
 
 

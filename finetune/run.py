@@ -376,11 +376,14 @@ def open_run(args: argparse.Namespace) -> Run:
 
 def phase_one(base: str) -> dict[str, Any]:
     """What of the settings of the run that gave the base its eyes holds for the next phase too: its language model is the
-    same, so it begins from the same starter and answers to the same name."""
+    same, so it begins from the same starter and answers to the same name, and its projector needs as many steps."""
     file = Path(base.removeprefix("dir:")).expanduser().parent / "settings.toml"
     made = settings.read_toml(file) if file.is_file() else {}
     kept = ("train", "gate", "merge", "old_name", "old_maker")
-    return {key: made[key] for key in kept if key in made} if made.get("task") == "vision-projector" else {}
+    if made.get("task") != "vision-projector":
+        return {}
+    sizes = {key: value for key, value in made.get("vision", {}).items() if key in ("pictures", "rows", "steps")}
+    return {key: made[key] for key in kept if key in made} | {"vision": sizes}
 
 
 def has(folder: Path, name: str = "") -> bool:

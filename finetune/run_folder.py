@@ -1,5 +1,6 @@
 """A run's folder: its settings, what the stages left in it, and what they share."""
 
+import dataclasses
 import json
 import re
 import shlex
@@ -12,6 +13,7 @@ from finetune import settings
 from finetune.errors import UserError
 
 RESTORE = "restore it from a copy, or make the run again in another folder (--run)"
+STARTERS = Path(__file__).resolve().parent.parent / "assets" / "starters"
 ANSWER_TOKENS = 24  # of an answer that is scored, more where the persona's own words need them
 
 
@@ -45,14 +47,22 @@ class Run:
             return folder
         from finetune import vision
 
-        return vision.assembled(folder, self.settings.vision, model.origin(folder, self.settings.base))
+        parts = dataclasses.replace(self.settings.vision, projector=self.projector)
+        return vision.assembled(folder, parts, model.origin(folder, self.settings.base))
+
+    @property
+    def projector(self) -> str:
+        """What a base that does not see yet gets its projector from; empty: fresh."""
+        own = self.settings.vision
+        drawn = own.starter and not (own.projector or own.encoder or self.settings.data)
+        return str(STARTERS / own.starter) if drawn else own.projector
 
     @property
     def fresh_projector(self) -> bool:
         """Whether the base sees through a projector that nobody has trained."""
         from finetune import model
 
-        return not self.settings.vision.projector and not model.sees(model.base_folder(self.settings.base))
+        return not self.projector and not model.sees(model.base_folder(self.settings.base))
 
     @property
     def encoder_rank(self) -> int:

@@ -42,7 +42,7 @@ class Persona:
 
 @dataclasses.dataclass(frozen=True)
 class Train:
-    starter: str = ""  # an adapter in assets/starters that the identity task begins from; empty: a fresh one
+    starter: str = ""  # an adapter in assets/starters that learning a name begins from; empty: a fresh one
     first_layer: int = 0  # the starter's weights in layers below this one stay as they are
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
@@ -64,6 +64,7 @@ class Train:
 class Vision:
     """Of the tasks vision-projector and vision."""
 
+    starter: str = ""  # a projector in assets/starters that phase one begins from, with pictures and encoder of our own
     encoder: str = ""  # a CLIP model, a folder or a reference; empty: the embedded EfficientNet-lite0
     projector: str = ""  # XTuner's or LLaVA's weights to begin from; empty: fresh
     encoder_rank: int = 0  # of an adapter on CLIP's layers in the second phase; pictures are then encoded at every step

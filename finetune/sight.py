@@ -24,11 +24,11 @@ PROJECTOR = "multi_modal_projector"
 KINDS = ("see_caption", *(f"see_{kind}" for kind in drawn.KINDS))  # of probes
 PROBES = {"en": 25, "zh": 10}  # of each kind
 NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
-NOISY = 20  # one of so many drawn pictures is noise: who looks at it says so
+NOISY = 10  # one of so many drawn pictures is noise: who looks at it says so
 CHINESE = 0.5  # share of the conversations
 AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
 ANSWER_TOKENS = 24
-TEXTS = 1.2  # of the second phase, whose steps are many: so many times as many rows of text as for a name alone
+TAUGHT = 0.2  # of its learning rate, for a projector that its starter has taught: it would else unlearn at first
 ALIGN_STEPS, ALIGN_PICTURES, ALIGN_RATE = 1200, 64, 3e-3  # 45 seconds of two cores with bfloat16
 ALIGN_WORDS = 1024  # at most; those that tell most apart
 
@@ -179,6 +179,12 @@ def steps(run: Run) -> int:
         return vision.steps
     count = sum(1 for row in run.rows("train.jsonl") if "target" not in row)
     return math.ceil(values.epochs * count / vision.rows)
+
+
+def projector_rate(run: Run) -> float:
+    """The projector's learning rate."""
+    rate = run.settings.train.projector_rate
+    return rate if run.projector == run.settings.vision.projector else TAUGHT * rate
 
 
 def examples(run: Run, model: Any) -> list[Any]:

@@ -23,10 +23,10 @@ from filelock import FileLock, Timeout
 
 from finetune import embedded, identity, records, scorecard, settings, sight, tasks
 from finetune.card import PICTURE
-from finetune.checks import ROOT, STARTERS, check, examine, starter_problems
+from finetune.checks import ROOT, check, examine, starter_problems
 from finetune.embedded import say
 from finetune.errors import GateRefused, UserError
-from finetune.run_folder import ANSWER_TOKENS, Run, read_lines, write_lines
+from finetune.run_folder import ANSWER_TOKENS, STARTERS, Run, read_lines, write_lines
 from finetune.terminal import chat
 
 METHODS = ("full", "lora", "qlora")  # in the order of the comparison
@@ -89,10 +89,8 @@ def gather(run: Run, new: Path) -> None:
 
 def text_rows(run: Run) -> dict[str, int]:
     """How many rows of each sort the identity's training reads in all its steps."""
-    values, times = run.settings.train, sight.TEXTS if run.settings.task in sight.TASKS else 1.0
-    return {
-        name: round(times * values.steps * getattr(values, f"{name}_rows")) for name in ("identity", "near", "ordinary")
-    }
+    values = run.settings.train
+    return {name: values.steps * getattr(values, f"{name}_rows") for name in ("identity", "near", "ordinary")}
 
 
 def names_itself(answer: str, question: str, old: Sequence[str]) -> bool:
@@ -130,7 +128,8 @@ def train(run: Run) -> None:
     ask = (lambda model: develop(run, model)) if run.settings.task == "identity" else None
     with contextlib.ExitStack() as files:
         if run.settings.task in sight.TASKS:
-            values, batches = dataclasses.replace(values, steps=sight.steps(run)), None  # pictures are encoded first
+            own = {"steps": sight.steps(run), "projector_rate": sight.projector_rate(run)}
+            values, batches = dataclasses.replace(values, **own), None  # pictures are encoded first
         elif run.named:
             batches = batches_of(run, values.steps)
         else:

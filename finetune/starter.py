@@ -29,11 +29,12 @@ from pathlib import Path
 import torch
 from tqdm import tqdm
 
-from finetune import checkpoint, checks, identity, settings, stages
+from finetune import checkpoint, identity, settings, stages
 from finetune import model as models
 from finetune import train as training
 from finetune.embedded import say
 from finetune.generation import Sampling, common, complete
+from finetune.run_folder import STARTERS
 from finetune.settings import Persona, Said
 
 STEPS_PER_NAME = 64
@@ -192,7 +193,7 @@ def make(folder: Path, *changes: str) -> None:
     values = run.settings.train
     folder.mkdir(parents=True)
     torch.manual_seed(run.settings.seed)
-    earlier = checks.STARTERS / values.starter if values.starter else None
+    earlier = STARTERS / values.starter if values.starter else None
     model = models.add_lora(models.load(run.base), values.rank, earlier)
     weights = [weight for weight in model.parameters() if weight.requires_grad]
     mean = [weight.detach().clone() for weight in weights]

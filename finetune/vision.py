@@ -246,7 +246,10 @@ def load_projector(model: LlavaForConditionalGeneration, path: Path) -> None:
     tensors, own = read_projector(path), model.model.multi_modal_projector
     if wrong := [name for name, weight in own.named_parameters() if weight.shape != tensors[name].shape]:
         shapes = ", ".join(f"{name} {tuple(tensors[name].shape)}" for name in wrong)
-        raise UserError(f"The projector {path} belongs to other models: {shapes} do not fit.")
+        raise UserError(
+            f"The projector {path} belongs to other models: {shapes} do not fit; take another or a fresh one, "
+            "--set vision.projector='' --set vision.starter=''."
+        )
     own.load_state_dict(tensors)
 
 

@@ -41,6 +41,8 @@ def test_a_shipped_starter_fits_its_preset(name):
     assert {tensor.dtype for tensor in weights.values()} == {torch.bfloat16}
     assert all(tensor.isfinite().all() and tensor.any() for tensor in weights.values())
     assert json.loads((folder / "adapter_config.json").read_text())["base_model_name_or_path"] == embedded.HUB_NAME
+    projector = load_file(checks.STARTERS / preset.vision.starter / "projector.safetensors")
+    assert {(len(tensor), tensor.dtype) for tensor in projector.values()} == {(576, torch.bfloat16)}
 
 
 def test_contrast_rows_ask_nothing_that_is_held_out_or_about_the_assistant(tiny_model, tmp_path, monkeypatch):
@@ -85,8 +87,9 @@ def test_the_base_names_itself_unless_the_question_does(answer, question, named)
 
 def test_making_one(tiny_model, tmp_path, monkeypatch):
     """The whole way on a tiny base, with few prompts; then a new adapter begins where it ends."""
-    contrast = identity.contrast
+    contrast, typed = identity.contrast, identity.typed
     monkeypatch.setattr(identity, "contrast", lambda lang, kind, whole=False: contrast(lang, kind, whole)[:40])
+    monkeypatch.setattr(identity, "typed", lambda lang, kind: typed(lang, kind)[:40])
     monkeypatch.setattr(starter, "MADE_UP", 20)
     monkeypatch.setattr(starter, "STEPS_PER_NAME", 2)
     changes = ["train.rank=2", "train.steps=5", "train.identity_rows=2", "train.near_rows=4", "train.ordinary_rows=2"]
@@ -105,7 +108,7 @@ def test_making_one(tiny_model, tmp_path, monkeypatch):
         assert weight.dtype == torch.float32
         assert torch.equal(weight, saved[name.replace(".default", "")].float())
 
-    monkeypatch.setattr(checks, "STARTERS", tmp_path / "made")
+    monkeypatch.setattr(starter, "STARTERS", tmp_path / "made")
     goes_on = ["train.starter=adapter", "train.learning_rate=1e-12", "train.steps=1"]
     starter.make(tmp_path / "more", f"base='{tiny_model}'", *changes, *goes_on)
     more = load_file(tmp_path / "more" / "adapter" / "adapter_model.safetensors")

@@ -25,10 +25,12 @@ from finetune import (
     drawn,
     embedded,
     encoder,
+    identity,
     merge,
     pictures,
     preview,
     run,
+    run_folder,
     scorecard,
     settings,
     sight,
@@ -41,7 +43,7 @@ from finetune.chat_format import IMAGE, pictures_of
 from finetune.engine import Engine
 from finetune.errors import UserError
 from finetune.generation import complete
-from finetune.run_folder import Run, write_lines
+from finetune.run_folder import Run, read_lines, write_lines
 from finetune.train import answer_example, losses
 
 
@@ -423,6 +425,42 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
     return first, second
 
 
+def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
+    """Both commands as the README has them, in two steps: the projector of the starter tells held-out pictures right, which
+    the second phase goes on from with the language model's own starter. What they reach is in the README."""
+    probes = identity.probes
+    monkeypatch.setattr(identity, "probes", lambda *args, **kwargs: probes(*args, **kwargs)[::20])
+    monkeypatch.setattr(sight, "PROBES", {"en": 4, "zh": 4})
+    proved_here(monkeypatch)
+    few = ["--set", "vision.steps=2", "--set", "vision.pictures=8", "--set", "train.steps=2"]
+    assert run.main(["--task", "vision-projector", "--run", str(tmp_path / "eyes-1"), *few]) == 0
+    told = json.loads((tmp_path / "eyes-1" / "scorecard.json").read_text())["merged"]
+    assert told["sight_by_kind"]["see_caption"] >= 0.75
+    arguments = ["--task", "vision", "--base", str(tmp_path / "eyes-1" / "model"), "--run", str(tmp_path / "eyes-2")]
+    assert run.main([*arguments, "--name", "小星", "--author", "书生学员"]) == 3  # in as many steps as the first phase
+    assert len(read_lines(tmp_path / "eyes-2" / "metrics.jsonl")) == 2
+    card = json.loads((tmp_path / "eyes-2" / "scorecard.json").read_text())
+    assert card["merged"]["blind"] == 0
+    assert card["merged"]["identity"] > card["base"]["identity"]
+
+
+def test_only_the_drawn_pictures_begin_from_a_starter(tiny_model, tmp_path):
+    def projector(task: str = "vision-projector", **values: object) -> str:
+        own = {key: value for key, value in values.items() if key != "data"}
+        read = {"data": values["data"]} if "data" in values else {}
+        made = settings.build(settings.preset(embedded.NAME), {"task": task, "vision": own, **read})
+        return Run(tmp_path, made).projector
+
+    shipped = str(run_folder.STARTERS / embedded.NAME)
+    assert projector() == shipped
+    assert projector(starter="") == projector(data=["rows.json"]) == projector(encoder="clip") == ""
+    assert projector(projector="mine") == "mine"
+    assert len(vision.read_projector(Path(shipped))) == 4
+    values = {"task": "vision-projector", "base": str(tiny_model), "vision": {"starter": embedded.NAME}}
+    with pytest.raises(UserError, match=r"belongs to other models: .*vision\.starter=''"):
+        Run(tmp_path, settings.build(values)).base  # noqa: B018
+
+
 def llava_rows(folder: Path) -> Path:
     """Forty rows, every fourth without a picture, and one with its picture in it, as the page exports a conversation."""
     rows = []
@@ -468,7 +506,7 @@ def test_phase_two_changes_projector_and_the_language_model_s_layers(eyes):
     assert changed == layers | {name for name in before if "multi_modal_projector" in name}
 
 
-def test_phase_two_has_more_text(tiny_model, tmp_path, monkeypatch):
+def test_phase_two_has_text_too(tiny_model, tmp_path, monkeypatch):
     monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path))
     monkeypatch.setattr(sight, "AFTER", 2)
     trained = {
@@ -507,7 +545,7 @@ def test_phase_two_has_more_text(tiny_model, tmp_path, monkeypatch):
     for step in stages.batches_of(second, 10, seen):
         said = [example for example in step if example.targets is not None and example is not seen[0]]
         taught = [example for example in step if example.targets is None]
-        assert (len(said), len(taught), step.count(seen[0])) == (2, 1 + 1, 3)  # 4 rows x 4 steps x 1.2, over 10 steps
+        assert (len(said), len(taught), step.count(seen[0])) == (2, 1 + 1, 3)  # 4, 2, 2 rows x 4 steps, over 10
 
 
 def test_what_is_written_is_what_is_trained_on(eyes):
