@@ -298,9 +298,9 @@ class Eyes:
         self.features: dict[int, Tensor] = {}  # [patches, features of one] by number; the oldest first
         self.most: int | None = None  # pictures that are kept
         self.watched: dict[int, str] = {}  # those that are encoded whenever they are used, by number
+        torch.backends.cudnn.allow_tf32 = False  # a merge is proved on the CPU, which shall see the same
         as_they_are = {"do_pad": False, "do_resize": False, "do_center_crop": False, "return_tensors": "pt"}
         every = np.tile(np.arange(256, dtype=np.uint8), (3, 1, 1))
-        torch.backends.cudnn.allow_tf32 = False  # a merge is proved on the CPU, which shall see the same
         # What the processor makes of each shade, [3, 256]: looked up where the encoder is, which is faster there.
         self.shades = self.processor(every, **as_they_are)["pixel_values"][0, :, 0].to(model.device)
 

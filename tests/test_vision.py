@@ -449,15 +449,13 @@ def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
 
 
 def test_only_the_drawn_pictures_begin_from_a_starter(tiny_model, tmp_path):
-    def projector(task: str = "vision-projector", **values: object) -> str:
-        own = {key: value for key, value in values.items() if key != "data"}
-        read = {"data": values["data"]} if "data" in values else {}
-        made = settings.build(settings.preset(embedded.NAME), {"task": task, "vision": own, **read})
-        return Run(tmp_path, made).projector
+    def projector(data: tuple[str, ...] = (), **own: str) -> str:
+        values = {"task": "vision-projector", "data": data, "vision": own}
+        return Run(tmp_path, settings.build(settings.preset(embedded.NAME), values)).projector
 
     shipped = str(run_folder.STARTERS / embedded.NAME)
     assert projector() == shipped
-    assert projector(starter="") == projector(data=["rows.json"]) == projector(encoder="clip") == ""
+    assert projector(starter="") == projector(data=("rows.json",)) == projector(encoder="clip") == ""
     assert projector(projector="mine") == "mine"
     assert len(vision.read_projector(Path(shipped))) == 4
     values = {"task": "vision-projector", "base": str(tiny_model), "vision": {"starter": embedded.NAME}}
