@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from finetune.chat_format import ChatFormat, Message
 from finetune.errors import UserError
 from finetune.forward import Adapter, Forward, Span
+from finetune.serving import pool_tokens
 
 ROWS = {"cpu": 64, "cuda": 128}  # conversations decoded together
 CHUNK = {"cpu": 128, "cuda": 2048}  # tokens of prompts that a step reads beside them: what the others wait for
@@ -264,7 +265,8 @@ def complete(
         return [Answer([], torch.empty(0, 0))] * len(prompts)
     device, lengths = model.device.type, [len(prompt) + max_new_tokens for prompt in prompts]
     rows = min(len(prompts), batch or 2 * ROWS[device])  # nobody watches these: more at once than for visitors
-    room = max(rows * sum(lengths) // len(lengths), *lengths)  # for so many of middling length
+    room = min(rows * sum(lengths) // len(lengths), pool_tokens(model, rows))  # for so many of middling length
+    room = max(room, *lengths)
     decoder = Decoder(model, stop_ids, room, rows=rows, chunk=2 * CHUNK[device])
     order = sorted(range(len(prompts)), key=lambda i: prompts[i])  # so that beginnings are shared
     seeds = [sampling.seed if sampling.seed is None else sampling.seed + i for i in range(len(prompts))]

@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import hashlib
 import importlib
 import json
 import math
@@ -38,6 +39,7 @@ if TYPE_CHECKING:
 transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by the old name
 
+HEADROOM = 1.3  # a GPU's memory over the weights: keys, values and activations
 ACTIVATION_BYTES = 1_300_000_000  # of a step of a thousand tokens through a 7B model with checkpointing, about twice
 PROCESSOR, PREPROCESSOR = "processor_config.json", "preprocessor_config.json"  # of a model that sees
 SEES = "llava"  # its model type
@@ -259,9 +261,35 @@ class OwnFormat:
 
 
 def load(folder: Path, dtype: torch.dtype = torch.float32) -> PreTrainedModel:
-    """The model of an ordinary folder, ready for inference, on the GPU if there is one. No remote code, no pickles."""
+    """The model of an ordinary folder, ready for inference, on the GPU if there is one that holds it. No remote code, no
+    pickles."""
     check_folder(folder)
-    return open_folder(folder, dtype=dtype).to(device()).eval()
+    return open_folder(folder, dtype=dtype).to(device() if holds(folder, dtype) else "cpu").eval()
+
+
+def load_for_inference(base: Path, adapter: Path | None = None, four_bit: bool = False) -> PreTrainedModel:
+    """In `inference_dtype` with the adapter merged; for a GPU that does not hold that, with `four_bit`, as QLoRA has it in
+    training, the adapter beside."""
+    if four_bit:
+        model = load_for_training(base, "qlora")
+        return load_adapter(model, adapter, base).get_base_model() if adapter else model
+    return load_merged(base, adapter) if adapter else load(base, inference_dtype())
+
+
+def holds(folder: Path, dtype: torch.dtype) -> bool:
+    """Whether the GPU's free memory holds the folder's weights in that precision, and HEADROOM; true where there is none."""
+    return not torch.cuda.is_available() or weight_bytes(folder, dtype) * HEADROOM <= free_memory()
+
+
+def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
+    """Of the weights in a folder, in that precision."""
+    stored = sum(file.stat().st_size for file in folder.glob("*.safetensors"))
+    return stored * dtype.itemsize // stored_dtype(folder).itemsize
+
+
+def stored_dtype(folder: Path) -> torch.dtype:
+    with safe_open(min(folder.glob("*.safetensors")), "pt") as weights:
+        return weights.get_tensor(next(iter(weights.keys()))).dtype
 
 
 def open_folder(folder: Path, **options: Any) -> PreTrainedModel:
@@ -269,6 +297,14 @@ def open_folder(folder: Path, **options: Any) -> PreTrainedModel:
     if encoder := own_encoder(folder):
         importlib.import_module(encoder)
     return kind.from_pretrained(folder, use_safetensors=True, trust_remote_code=False, local_files_only=True, **options)
+
+
+def digest(model: PreTrainedModel) -> str:
+    """sha256 of its parameters: of equal ones the answers are equal."""
+    found = hashlib.sha256()
+    for weight in model.parameters():
+        found.update(weight.detach().cpu().contiguous().view(torch.uint8).numpy())
+    return found.hexdigest()
 
 
 def own_encoder(folder: Path) -> str:
@@ -491,10 +527,13 @@ def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> "PeftMode
 def load_merged(base: Path, adapter: Path, dtype: torch.dtype | None = None) -> PreTrainedModel:
     """base + adapter as one model for inference: merged in float32, its weights then rounded, to `inference_dtype` where no
     other is asked for."""
-    model = load_adapter(load(base), adapter, base).merge_and_unload()
+    dtype = dtype or inference_dtype()
+    # Where the base's weights have no more digits peft's sum is rounded once as well, and half the memory does.
+    loaded = load(base, dtype if stored_dtype(base) == dtype else torch.float32)
+    model = load_adapter(loaded, adapter, base).merge_and_unload()
     for weight in model.parameters():  # not model.to(dtype), which rounds the rotary frequencies as well
-        weight.data = weight.data.to(dtype or inference_dtype())
-    return model
+        weight.data = weight.data.to(dtype)
+    return model.to(device())
 
 
 def adapter_matrices(adapter: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:

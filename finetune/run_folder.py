@@ -150,12 +150,19 @@ class Run:
         return self.folder / ("weights" if self.settings.method == "full" else "adapter")
 
     def load_tuned(self) -> Any:
-        """For inference, as users get it: merged, in `inference_dtype`."""
+        """For inference, as users get it: merged, in `inference_dtype`, where the GPU's memory holds that."""
         from finetune import model
 
-        if self.settings.method == "full":
-            return model.load(self.trained, model.inference_dtype())
-        return model.load_merged(self.base, self.trained)
+        parts = (self.trained,) if self.settings.method == "full" else (self.base, self.trained)
+        return model.load_for_inference(*parts, four_bit=self.four_bit)
+
+    @cached_property
+    def four_bit(self) -> bool:
+        """Whether models answer with 4-bit weights here, as the GPU's memory holds no more. Found out once, before one is
+        loaded."""
+        from finetune import model
+
+        return not model.holds(self.base, model.inference_dtype())
 
     @cached_property
     def answer_tokens(self) -> int:
@@ -167,10 +174,10 @@ class Run:
         """The base's answers (generation.Answer) as its users get them: under its own template and default prompt."""
         from finetune import model, teacher
 
-        dtype = model.inference_dtype()
+        precision = "nf4" if self.four_bit else str(model.inference_dtype()).removeprefix("torch.")
         return teacher.ask(  # about words alone: a base that sees answers as its language model does
-            f"{self.language_sha256[:16]}-{str(dtype).removeprefix('torch.')}",
-            lambda: model.load(self.base, dtype),
+            f"{self.language_sha256[:16]}-{precision}",
+            lambda: model.load_for_inference(self.base, four_bit=self.four_bit),
             [self.base_format.prompt(messages) for messages in conversations],
             self.base_format.stop_ids,
             max_new_tokens,

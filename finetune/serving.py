@@ -6,8 +6,7 @@ from typing import NamedTuple
 
 import psutil
 import torch
-from safetensors import safe_open
-from transformers import BitsAndBytesConfig, PreTrainedModel
+from transformers import PreTrainedModel
 
 from finetune import model as models
 from finetune.errors import UserError
@@ -15,7 +14,6 @@ from finetune.errors import UserError
 PROC_DRIVER = Path("/proc/driver/nvidia/version")
 MEMORY_LIMITS = [Path("/sys/fs/cgroup") / name for name in ("memory.max", "memory/memory.limit_in_bytes")]
 CPU_BYTES = 2_000_000_000  # of keys and values, at most
-HEADROOM = 1.3  # a GPU's memory over the weights: keys, values and activations
 
 
 class Loaded(NamedTuple):
@@ -30,7 +28,7 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
     if not torch.cuda.is_available():
         fast = "fbgemm" in torch.backends.quantized.supported_engines
         dtype = torch.float32 if fast else models.inference_dtype()
-        if (need := weight_bytes(base, dtype)) > (free := free_memory()):
+        if (need := models.weight_bytes(base, dtype)) > (free := free_memory()):
             raise UserError(
                 f"The model's weights need {need / 1e9:.1f} GB of memory here and {free / 1e9:.1f} GB is free: choose larger "
                 "hardware, a GPU or a smaller model."
@@ -38,32 +36,15 @@ def load(base: Path, adapter: Path | None = None) -> Loaded:
         weights = "float16 weights, float32 sums" if fast else f"{str(dtype).removeprefix('torch.')} weights"
         words = f"CPU, {torch.get_num_threads()} threads, {weights}."
         return Loaded(_whole(base, adapter, dtype), fast, words + gpu_trouble())
-    dtype, name = models.inference_dtype(), torch.cuda.get_device_name()
-    free, _ = torch.cuda.mem_get_info()
-    half = weight_bytes(base, dtype)
-    if half * HEADROOM <= free:
+    dtype, name, free = models.inference_dtype(), torch.cuda.get_device_name(), models.free_memory()
+    if models.holds(base, dtype):
         return Loaded(_whole(base, adapter, dtype), True, f"{name}, {str(dtype).removeprefix('torch.')} weights.")
-    quantized = BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype, llm_int8_skip_modules=models.WHOLE
-    )
-    options = {"quantization_config": quantized, "device_map": {"": models.device()}}
-    model = models.open_folder(base, dtype=dtype, **options).eval()
-    if adapter:
-        model = models.load_adapter(model, adapter, base).get_base_model()
-    why = f"{half / 1e9:.1f} GB of weights do not fit into {free / 1e9:.1f} GB with what they need beside"
-    return Loaded(model, False, f"{name}, 4-bit weights: {why}.")
+    why = f"{models.weight_bytes(base, dtype) / 1e9:.1f} GB of weights do not fit into {free / 1e9:.1f} GB with what they need beside"
+    return Loaded(models.load_for_inference(base, adapter, four_bit=True), False, f"{name}, 4-bit weights: {why}.")
 
 
 def _whole(base: Path, adapter: Path | None, dtype: torch.dtype) -> PreTrainedModel:
     return models.load_merged(base, adapter, dtype) if adapter else models.load(base, dtype)
-
-
-def weight_bytes(base: Path, dtype: torch.dtype) -> int:
-    """Of the weights in a folder, in that precision."""
-    stored = sum(file.stat().st_size for file in base.glob("*.safetensors"))
-    with safe_open(next(iter(sorted(base.glob("*.safetensors")))), "pt") as weights:
-        one = weights.get_tensor(next(iter(weights.keys())))
-    return stored * dtype.itemsize // one.element_size()
 
 
 def free_memory() -> int:
@@ -94,5 +75,5 @@ def pool_tokens(model: PreTrainedModel, most_rows: int) -> int:
     size = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     token = 2 * config.num_hidden_layers * config.num_key_value_heads * size * model.dtype.itemsize
     on_gpu = model.device.type == "cuda"
-    memory = torch.cuda.mem_get_info()[0] // 2 if on_gpu else min(psutil.virtual_memory().available // 4, CPU_BYTES)
+    memory = models.free_memory() // 2 if on_gpu else min(psutil.virtual_memory().available // 4, CPU_BYTES)
     return min(memory // token, most_rows * config.max_position_embeddings)

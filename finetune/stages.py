@@ -305,7 +305,7 @@ def base_side(run: Run) -> dict[str, Any]:
     probes, held = run.rows("probes.jsonl"), run.rows("heldout.jsonl")
     judged, loss = base_answers(run, probes), {}
     if held or run.settings.task in sight.TASKS:
-        model, form = models.load(run.base, models.inference_dtype()), run.base_format
+        model, form = models.load_for_inference(run.base, four_bit=run.four_bit), run.base_format
         judged += tasks.ask(model, form, [probe for probe in probes if probe["kind"] in tasks.KINDS])
         judged += sight.ask(
             model, form, [probe for probe in probes if probe["kind"] in sight.KINDS], run.folder / "data"
@@ -317,8 +317,15 @@ def base_side(run: Run) -> dict[str, Any]:
 
 
 def evaluate(run: Run) -> None:
+    own = {}
+    if run.four_bit:
+        say(
+            "The GPU's memory does not hold the model in 16 bits: it answers in 4. / 显存放不下 16 位权重，以 4 位作答。"
+        )
+        own = {"four_bit": True}
     base = base_side(run)
-    write_scorecard(run, {"base": base, "tuned": score(run, run.load_tuned(), run.tuned_format, base["answers"])})
+    tuned = score(run, run.load_tuned(), run.tuned_format, base["answers"])
+    write_scorecard(run, {"base": base, "tuned": tuned, **own})
 
 
 def evaluate_model(run: Run, ref: str) -> None:
@@ -333,10 +340,12 @@ def evaluate_model(run: Run, ref: str) -> None:
     if problems := identity.check_persona(run.persona):
         raise UserError(*problems)
     folder = models.base_folder(ref)
-    model = models.load(folder, models.inference_dtype())
-    form = models.OwnFormat(folder, model)
     base = base_answers(run, identity.probes(run.persona, run.old))
-    heads = [m.get_output_embeddings().weight for m in (model, models.load(run.base, models.inference_dtype()))]
+    model = models.load_for_inference(folder, four_bit=not models.holds(folder, models.inference_dtype()))
+    form = models.OwnFormat(folder, model)
+    own = models.load(run.base, models.inference_dtype())  # on the CPU if the GPU does not hold it too
+    heads = [m.get_output_embeddings().weight.cpu() for m in (model, own)]
+    del own
     same_head = heads[0].shape == heads[1].shape and torch.equal(*heads)
     scored = score(run, model, form, base, kl=same_head)
     limits = run.limits
@@ -356,7 +365,6 @@ def write_scorecard(run: Run, card: dict[str, Any]) -> None:
 
 
 def merge(run: Run) -> None:
-    import torch
 
     from finetune import merge as merging
     from finetune import model as models
@@ -367,9 +375,9 @@ def merge(run: Run) -> None:
     def finish(folder: Path, proof: dict[str, Any]) -> dict[str, Any]:
         """The scorecard of what users get, and the model card."""
         card = run.read("scorecard.json")
-        model, scored = models.load(folder, models.inference_dtype()), run.load_tuned()
-        same = zip(model.parameters(), scored.parameters(), strict=True)
-        if models.chat_format(folder).hash == run.tuned_format.hash and all(torch.equal(*pair) for pair in same):
+        scored = models.digest(run.load_tuned())  # one after another: a GPU may not hold two
+        model = models.load_for_inference(folder, four_bit=run.four_bit)
+        if models.chat_format(folder).hash == run.tuned_format.hash and models.digest(model) == scored:
             card["merged"] = card["tuned"]  # the same weights, bit for bit, give the same answers
         else:
             card["merged"] = score(run, model, models.chat_format(folder), card["base"]["answers"])

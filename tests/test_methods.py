@@ -6,13 +6,15 @@ import os
 import re
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
 from commands import ROOT, apart, command, here, proved_here, sha256
 
-from finetune import stages
+from finetune import identity, model, settings, stages
+from finetune.run_folder import Run
 
 
 @pytest.fixture(scope="module")
@@ -74,6 +76,29 @@ def test_a_chain_of_tasks_each_by_another_method(tiny_model, own_rows, monkeypat
         assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert sha256(own_rows / "runs" / "alone" / name) == sha256(third / name)
+
+
+def test_a_gpu_too_small_for_16_bits_answers_in_4(tiny_model, tmp_path, monkeypatch, capsys):
+    """There is no GPU here: what it holds is made up, and the 4-bit weights are real."""
+    proved_here(monkeypatch)
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr(model, "holds", lambda folder, dtype: False)
+    few = [p for p in identity.probes(settings.Persona()) if p["id"] in ("name-en-01", "ordinary-en-01")]
+    monkeypatch.setattr(identity, "probes", lambda *_, **__: few)
+    monkeypatch.setattr(identity, "training", partial(identity.training, said=30, near=20, ordinary=20))
+    run = Run(
+        tmp_path / "run", settings.build({"base": str(tiny_model), "method": "qlora", "train": {"steps": 2, "rank": 2}})
+    )
+    for stage in stages.PIPELINE:
+        stages.perform(run, stage)
+    assert capsys.readouterr().err.count("does not hold the model in 16 bits") == 1
+    assert [file.stem[-4:] for file in (tmp_path / "cache" / "teacher").glob("*.safetensors")] == ["-nf4"]
+    card = run.read("scorecard.json")
+    assert card["four_bit"]
+    assert card["merged"] != card["tuned"]  # quantised with the adapter in it, and beside it
+    assert run.read("model/manifest.json")["proof"]["max_logit_difference"] <= 0.01
+    for file in ("report.html", "model/README.md"):
+        assert "All answers are of 4-bit weights" in (run.folder / file).read_text()
 
 
 def test_of_two_processes_one_does_the_stages_and_both_train(tiny_model, own_rows):

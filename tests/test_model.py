@@ -307,6 +307,33 @@ def test_lora_is_on_every_linear_layer_but_the_head(tiny_model, fast_bf16, monke
     assert {name for name, dtype in frozen.items() if dtype != torch.float32} == halved
 
 
+def test_a_base_without_more_digits_is_merged_with_as_few(adapter, tiny_model, tmp_path, monkeypatch):
+    """bfloat16 weights are added to in float32 and rounded once, however they were loaded: half the memory does."""
+    halved = tmp_path / "bfloat16"
+    model.save(model.load(tiny_model, torch.bfloat16), model.chat_format(tiny_model), halved)
+    record = adapter[0] / model.ADAPTER_RECORD
+    record.write_text(json.dumps({"base_sha256": model.fingerprint(halved)}))
+    loaded = []
+    monkeypatch.setattr(model, "open_folder", lambda *a, old=model.open_folder, **o: loaded.append(o) or old(*a, **o))
+    whole = model.load_merged(halved, adapter[0], torch.float32)
+    half = model.load_merged(halved, adapter[0], torch.bfloat16)
+    assert loaded == [{"dtype": torch.float32}, {"dtype": torch.bfloat16}]
+    for one, other in zip(whole.parameters(), half.parameters(), strict=True):
+        assert torch.equal(one.to(torch.bfloat16), other)
+    assert model.digest(half) != model.digest(whole)
+    assert model.digest(half) == model.digest(model.load_merged(halved, adapter[0], torch.bfloat16))
+
+
+@pytest.mark.parametrize("free", [24e9, 1e4])
+def test_a_gpu_that_does_not_hold_a_model_is_not_given_it(tiny_model, monkeypatch, free):
+    """There is no GPU here: "meta" stands for it."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(model, "device", lambda: torch.device("meta"))
+    monkeypatch.setattr(model, "free_memory", lambda: int(free))
+    assert model.holds(tiny_model, torch.float32) == (free > 1e6)
+    assert model.load(tiny_model).device.type == ("meta" if free > 1e6 else "cpu")
+
+
 @pytest.fixture
 def adapter(tiny_model, tmp_path, monkeypatch):
     """(the adapter's folder, base + adapter as trained, in float32)."""
