@@ -2,6 +2,7 @@
 
 import contextlib
 import difflib
+import gc
 import hashlib
 import importlib
 import json
@@ -272,13 +273,25 @@ def load_for_inference(base: Path, adapter: Path | None = None, four_bit: bool =
     training, the adapter beside."""
     if four_bit:
         model = load_for_training(base, "qlora")
-        return load_adapter(model, adapter, base).get_base_model() if adapter else model
+        model = load_adapter(model, adapter, base).get_base_model() if adapter else model
+        for weight in model.parameters():
+            if weight.is_floating_point():  # the adapter's: its float32 would spread to what comes after
+                weight.data = weight.data.to(inference_dtype())
+        return model
     return load_merged(base, adapter) if adapter else load(base, inference_dtype())
 
 
 def holds(folder: Path, dtype: torch.dtype) -> bool:
     """Whether the GPU's free memory holds the folder's weights in that precision, and HEADROOM; true where there is none."""
+    let_go()
     return not torch.cuda.is_available() or weight_bytes(folder, dtype) * HEADROOM <= free_memory()
+
+
+def let_go() -> None:
+    """Of a GPU's memory, what models hold that nobody uses any more: they refer to themselves, and wait for a collection."""
+    if torch.cuda.is_available():
+        gc.collect()
+        torch.cuda.empty_cache()
 
 
 def weight_bytes(folder: Path, dtype: torch.dtype) -> int:
@@ -347,6 +360,7 @@ def load_for_training(folder: Path, method: str) -> PreTrainedModel:
     linear layers in 4-bit NormalFloat, their scales quantised too (arXiv:2305.14314); "full" in float32, or in bfloat16
     where a GPU's memory does not hold that."""
     check_folder(folder)
+    let_go()
     half = torch.bfloat16 if has_fast_bf16() else torch.float32
     dtype, options = torch.float32, {}
     if torch.cuda.is_available() and (method != "full" or _full_bytes(folder) > free_memory()):

@@ -86,7 +86,7 @@ def pack(
     positions = np.arange(len(ids)) - np.repeat(starts, lengths)
 
     def tensor(values: np.ndarray) -> Tensor:
-        return torch.from_numpy(values).to(device)
+        return there(torch.from_numpy(values), device)
 
     inputs = {"input_ids": tensor(ids)[None], "position_ids": tensor(positions)[None]}
     if not filler and (lengths == lengths[0]).all():
@@ -105,6 +105,13 @@ def pack(
         tokens = np.repeat(starts[members], lengths[members]) + place
         bands.append(Band((len(members), width), tensor(tokens), tensor(line * width + place)))
     return {**inputs, "bands": bands}
+
+
+def there(tensor: Tensor, device: torch.device | None) -> Tensor:
+    """On the device; a GPU gets it in its turn, nobody waits for what it is at work on."""
+    if device is not None and device.type == "cuda" and tensor.device.type == "cpu":
+        tensor = tensor.pin_memory()
+    return tensor.to(device, non_blocking=True)
 
 
 def attention(

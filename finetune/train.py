@@ -34,7 +34,7 @@ from finetune.embedded import say
 from finetune.errors import UserError
 from finetune.generation import Answer
 from finetune.model import PROJECTOR, embed, free_memory, has_fast_bf16, language_model
-from finetune.packing import pack, packed_attention, varlen_attn
+from finetune.packing import pack, packed_attention, there, varlen_attn
 from finetune.settings import Train
 
 # Of one forward and backward pass, which decides the memory: about 3 MB a token on the default model. On a CPU; on a GPU
@@ -111,7 +111,7 @@ def losses(model: PreTrainedModel, batch: Sequence[Example]) -> tuple[Tensor, Te
     # All that goes to a GPU goes there first: later it would wait for the model's pass.
     said, targets, pulled = (joined(lists, device) for lists in (said, targets, pulled))
     states = [example.states for example in batch if example.states is not None]
-    states = torch.cat(states).to(device) if states else None
+    states = there(torch.cat(states), device) if states else None
     inputs_kept = contextlib.nullcontext()
     if getattr(model, "spared", False):
         inputs_kept = torch.autograd.graph.save_on_cpu(pin_memory=device.type == "cuda")
@@ -147,7 +147,7 @@ def present(head: torch.nn.Module, device: torch.device) -> Iterator[torch.nn.Mo
 
 def joined(lists: Iterable[Sequence[int]], device: torch.device) -> Tensor:
     """One after another, in a sixth of the time that torch takes for a list."""
-    return torch.from_numpy(np.fromiter(itertools.chain.from_iterable(lists), np.int64)).to(device)
+    return there(torch.from_numpy(np.fromiter(itertools.chain.from_iterable(lists), np.int64)), device)
 
 
 def logits(head: torch.nn.Module, hidden: Tensor) -> Tensor:
@@ -275,7 +275,7 @@ def train(
         when memory does not hold such passes, though shorter ones are possible."""
         said = sum(len(example.positions) for example in batch if example.targets is not None)
         pulled = sum(len(example.positions) for example in batch if example.targets is None)
-        counts = torch.tensor([max(1, said), max(1, pulled)], device=core.device)
+        counts = there(torch.tensor([max(1, said), max(1, pulled)]), core.device)
         pieces = list(parts(batch, most, accelerator.num_processes))
         found = torch.zeros(2, dtype=torch.float64, device=core.device)
         try:
@@ -297,7 +297,7 @@ def train(
 
     began = time.perf_counter()
     batches = itertools.islice(batches, done, None)
-    step, batch = done, next(batches, None)
+    step, batch, untold = done, next(batches, None), []
     with tqdm(
         total=settings.steps, initial=done, desc="Training", unit="step", disable=not accelerator.is_main_process
     ) as bar:
@@ -314,24 +314,32 @@ def train(
             tokens += sum(len(example.ids) for example in batch)
             batch = next(batches, None)  # while a GPU is still at work
 
-            ce, kl = accelerator.reduce(found).tolist()
-            seconds = earlier + time.perf_counter() - began
-            line = {"step": step, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": now * rates[0]}
-            line |= {"tokens": tokens, "tokens_per_s": tokens / seconds, "seconds": seconds}
-            if develop and (step % settings.develop_every == 0 or step == settings.steps):
-                answers = [behaviour(model, develop) if accelerator.is_main_process else None]
-                line |= broadcast_object_list(answers)[0]
-                if best([*history, line]) is line and accelerator.is_main_process:
-                    save_whole({name: weight.detach() for name, weight in weights.items()}, checkpoint / BEST)
-            history.append(line)
-            if accelerator.is_main_process:
-                with metrics_file.open("a") as metrics:
-                    metrics.write(json.dumps(line) + "\n")
-            bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s")
-            bar.update()
-            if step % settings.checkpoint_every == 0:
+            develops = develop and (step % settings.develop_every == 0 or step == settings.steps)
+            saves, measures = step % settings.checkpoint_every == 0, step - done == MEASURED and develop is None
+            untold.append((step, now, tokens, *fetched(accelerator.reduce(found))))
+            # A GPU goes on to the next step before this one is told of: it would else wait for what comes between.
+            behind = core.device.type == "cuda" and batch and not (develops or saves or measures)
+            while len(untold) > bool(behind):
+                ended, now, seen, found, wait = untold.pop(0)
+                wait()
+                ce, kl = found.tolist()
+                seconds = earlier + time.perf_counter() - began
+                line = {"step": ended, "loss": ce + settings.kl_weight * kl, "ce": ce, "kl": kl, "lr": now * rates[0]}
+                line |= {"tokens": seen, "tokens_per_s": seen / seconds, "seconds": seconds}
+                if develops and ended == step:
+                    answers = [behaviour(model, develop) if accelerator.is_main_process else None]
+                    line |= broadcast_object_list(answers)[0]
+                    if best([*history, line]) is line and accelerator.is_main_process:
+                        save_whole({name: weight.detach() for name, weight in weights.items()}, checkpoint / BEST)
+                history.append(line)
+                if accelerator.is_main_process:
+                    with metrics_file.open("a") as metrics:
+                        metrics.write(json.dumps(line) + "\n")
+                bar.set_postfix_str(f"loss {line['loss']:.3f}, {line['tokens_per_s']:.0f} tokens/s")
+                bar.update()
+            if saves:
                 save_checkpoint(checkpoint, weights, optimizer, step)
-            if step - done == MEASURED and develop is None and core.device.type == "cuda":
+            if measures and core.device.type == "cuda":
                 left = (settings.steps - step) * (time.perf_counter() - began) / MEASURED
                 if left * COMPILE_GAIN > COMPILE_SECONDS and accelerator.distributed_type not in SHARDED:
                     for layer in language_model(core).layers:
@@ -346,6 +354,15 @@ def train(
     accelerator.free_memory()  # which DeepSpeed would keep from the stages to come
     optimizer.state.clear()
     model.eval()
+
+
+def fetched(found: Tensor) -> tuple[Tensor, Callable[[], None]]:
+    """It on the CPU, and what waits until it is there; nothing else waits for a GPU."""
+    if found.device.type != "cuda":
+        return found, lambda: None
+    copy, event = found.to("cpu", non_blocking=True), torch.cuda.Event()
+    event.record()
+    return copy, event.synchronize
 
 
 def core_of(model: PeftModel | PreTrainedModel) -> PreTrainedModel:
