@@ -7,6 +7,7 @@ pictures differ in their seeds' names and, compared pixel by pixel, are never th
 import math
 import random
 import re
+from collections.abc import Sequence
 from typing import NamedTuple
 
 from PIL import Image, ImageDraw
@@ -91,10 +92,14 @@ def noise(seed: str) -> Image.Image:
 
 
 def caption(scene: Scene, language: str) -> str:
-    where = _where(scene, language)
+    where, chinese = _where(scene, language), language == "zh"
+    return f"{things(scene, language)}，在{where}。" if chinese else f"{things(scene, language)}, {where}."
+
+
+def things(scene: Scene, language: str) -> str:
     if language == "zh":
-        return f"{NUMBERS[scene.count]}{COLOURS[scene.colour][0]}的{SHAPES[scene.shape]}，在{where}。"
-    return f"{scene.count} {scene.colour} {named(scene)}, {where}.".capitalize()
+        return f"{NUMBERS[scene.count]}{COLOURS[scene.colour][0]}的{SHAPES[scene.shape]}"
+    return f"{scene.count} {scene.colour} {named(scene)}".capitalize()
 
 
 def _where(scene: Scene, language: str) -> str:
@@ -133,24 +138,24 @@ def questions(scene: Scene) -> list[dict[str, str]]:
     return [dict(zip(keys, values, strict=True)) for values in asked]
 
 
-def right(kind: str, language: str, answer: str, accept: list[str]) -> bool:
-    """Whether the answer names what is there and nothing else of that kind; of a caption, colour and shape. A number may be
-    a digit, and a place stand alone."""
+def right(kind: str, language: str, answer: str, accept: list[str], words: Sequence[str] = ()) -> bool:
+    """Whether the answer names what is there and nothing else of that kind, whose words are given where the kind is none of
+    drawn pictures; of a caption, colour and shape. A number may be a digit, and a place stand alone."""
     chinese = language == "zh"
-    words = {
+    known = {
         "colour": [zh for zh, _ in COLOURS.values()] if chinese else list(COLOURS),
         "shape": list(SHAPES.values()) if chinese else list(SHAPES),
         "count": list(NUMBERS.values()) if chinese else list(NUMBERS),
         "position": list(PLACES.values()) if chinese else list(PLACES),
     }
-    words["caption"] = [*words["colour"], *words["shape"]]
-    any_of = "|".join(sorted(words[kind], key=len, reverse=True))  # "top left" begins with "top"
-    # Whole words: "colored" is not red. In Chinese there are none, but 长方形 and 椭圆形 are no square and no circle.
-    pattern = rf"(?<![长椭])({any_of})" if chinese else rf"\b({any_of})(?:e?s)?\b"
+    known["caption"] = [*known["colour"], *known["shape"]]
+    any_of = "|".join(sorted(words or known[kind], key=len, reverse=True))  # "top left" begins with "top"
+    # Whole words: "colored" is not red. In Chinese there are none, but 长方形, 椭圆形 and 熊猫 are no square, no circle, no cat.
+    pattern = rf"(?<![长椭熊])({any_of})" if chinese else rf"\b({any_of})(?:e?s)?\b"
 
     def found(text: str) -> set[str]:
         text = text.lower().replace("-", " ")
-        for digit, number in enumerate(words["count"] if kind == "count" else [], 1):
+        for digit, number in enumerate(known["count"] if kind == "count" else [], 1):
             text = re.sub(rf"(?<!\d){digit}(?!\d) ?个?", f" {number} ", text)
         return set(re.findall(pattern, text))
 

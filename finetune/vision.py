@@ -64,7 +64,8 @@ def assembled(language: Path, settings: Any, origin: dict[str, str]) -> Path:
     """A folder in the user's cache of the language model with the encoder and a projector that `settings` (settings.Vision)
     name; the projector is fresh where none is. Made at the first call. Raises UserError."""
     tower = models.base_folder(settings.encoder) if settings.encoder else encoder.folder()
-    parts = [models.fingerprint(language), models.fingerprint(tower), settings.projector]
+    parts = [models.fingerprint(language), models.fingerprint(tower), embedded.sha256(tower / "config.json")]
+    parts.append(settings.projector)
     if settings.projector:
         parts.append(embedded.sha256(projector_file(Path(settings.projector).expanduser())))
     name = f"eyes-{embedded.digest_of(parts)[:16]}"
@@ -386,8 +387,8 @@ class Eyes:
 
     @functools.cached_property
     def _encoder(self) -> str:
-        """The sha256 of its weights, before anything trains them."""
-        found = hashlib.sha256()
+        """The sha256 of its weights, before anything trains them, and of what bounds its features."""
+        found = hashlib.sha256(str(getattr(self.model.config.vision_config, "limits", "")).encode())
         for weight in self.model.model.vision_tower.state_dict().values():
             found.update(weight.cpu().flatten().view(torch.uint8).numpy())
         return found.hexdigest()
