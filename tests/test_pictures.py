@@ -11,7 +11,7 @@ import pytest
 import requests
 from PIL import Image
 
-from finetune import checks, drawn, pictures, records, settings, sight, transfer
+from finetune import checks, drawn, photographs, pictures, records, settings, sight, transfer
 from finetune.errors import UserError
 
 RED, BLUE = (200, 30, 20), (20, 40, 210)
@@ -338,6 +338,55 @@ def test_training_and_held_out_pictures_are_never_the_same():
 )
 def test_answers_are_judged(kind, language, answer, accept, right):
     assert drawn.right(kind, language, answer, accept) == right
+
+
+@pytest.mark.parametrize(
+    "language, answer, accept, right",
+    [
+        ("en", "A cat.", "cat", True),
+        ("en", "Two cats", "cat", True),
+        ("en", "A cat and a motorcycle.", "cat", False),
+        ("en", "A motorcycle.", "cat", False),
+        ("en", "A catalogue.", "cat", False),
+        ("en", "One red circle.", "cat", False),
+        ("en", "A coin.", "coin", True),
+        ("en", "Galaxies", "galaxies", True),
+        ("zh", "一只猫。", "猫", True),
+        ("zh", "一只熊猫。", "猫", False),
+        ("zh", "一只猫和一些硬币。", "猫", False),
+        ("zh", "只有噪点。", "猫", False),
+    ],
+)
+def test_answers_about_photographs_are_judged(language, answer, accept, right):
+    assert photographs.right(language, answer, [accept]) == right
+
+
+def test_every_subject_s_own_caption_is_right_and_no_other_s():
+    for language in drawn.LANGUAGES:
+        for subject in photographs.SUBJECTS:
+            told = [
+                s
+                for s in photographs.SUBJECTS
+                if photographs.right(language, s.caption[language], [subject.noun[language]])
+            ]
+            assert told == [subject]
+
+
+def test_a_photograph_is_cut_by_its_seed():
+    """The same one the same way, others otherwise; of the held-out ones, the motorcycle's other view."""
+    for subject in photographs.SUBJECTS:
+        cuts = [photographs.cut(subject, f"0/{i}") for i in range(6)]
+        assert [cut.tobytes() for cut in cuts] == [photographs.cut(subject, f"0/{i}").tobytes() for i in range(6)]
+        assert len({cut.tobytes() for cut in cuts}) == 6
+        assert all(max(cut.size) == drawn.SIZE for cut in cuts)
+        same = photographs.cut(subject, "0/0", heldout=True).tobytes() == cuts[0].tobytes()
+        assert same == (subject.file == subject.heldout)
+    assert [subject.file for subject in photographs.SUBJECTS if subject.file != subject.heldout] == [
+        "motorcycle_left.png"
+    ]
+    assert {subject.file for subject in photographs.SUBJECTS} | {
+        subject.heldout for subject in photographs.SUBJECTS
+    } == {Path(name).name for name in photographs.WHEEL.files}
 
 
 def test_what_is_asked_has_the_scene_s_answer():

