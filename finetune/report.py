@@ -30,6 +30,10 @@ SHOWN = ("name-en-01", "maker-zh-01", "ordinary-en-01")  # the probes whose answ
 PICTURED = 3  # questions about pictures of each kind and language that the report shows
 SIDES = ("base", "tuned")
 KIND_COLUMNS = ("all 全部  95 %", "en 英  95 %", "zh 中  95 %")  # a share and its interval
+CUTS = (
+    "see_photo: other cuts of the photographs that training saw, so no measure of photographs in general",
+    "训练所用照片的另外裁剪，不代表对一般照片的能力",
+)
 HOW = {"lora": "a LoRA adapter", "qlora": "a QLoRA adapter", "full": "every weight trained"}
 UNLIMITED = (
     "kl",
@@ -137,6 +141,8 @@ def print_scorecard(run: Run) -> None:
         for kind, cells in kinds:
             table.add_row(kind, *cells)
         console.print(table, markup=False)
+        if "see_photo" in dict(kinds):
+            console.print(" ".join(CUTS), markup=False)
     answers = Table("question 问题", "base 微调前", "tuned 微调后", show_lines=True)
     for entry in side_by_side(run, SHOWN):
         answers.add_row(*(_plain(t) for t in (text_of(entry["messages"][-1]), entry["answer"], entry["tuned"])))
@@ -257,6 +263,7 @@ def write_report(run: Run) -> None:
         persona=run.persona,
         figures=figures(run),
         kinds=by_kind(run),
+        cuts=CUTS,
         kind_columns=KIND_COLUMNS,
         gate=run.read("scorecard.json")["gate"],
         four_bit="four_bit" in run.read("scorecard.json"),

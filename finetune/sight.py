@@ -161,7 +161,7 @@ def _probe(kind: str, language: str, number: int, question: str, accept: list[st
         "id": f"see-{kind}-{language}-{number:04}",
         "kind": f"see_{kind}",
         "lang": language,
-        "expect": "what the picture shows",
+        "expect": f"what the picture shows{', another cut of a photograph that training saw' if kind == 'photo' else ''}",
         "accept": accept,
         "messages": [{"role": "user", "content": _with_picture(file, question)}],
     }

@@ -158,6 +158,28 @@ def test_pictures_come_with_what_was_said_before_and_after(tmp_path):
     ].items()
 
 
+def test_what_cuts_of_known_photographs_say_is_told(tmp_path, capsys):
+    run = make_run(tmp_path, "小星")
+    (tmp_path / "data" / "pictures").mkdir()
+    drawn.draw(drawn.scene("x")).save(tmp_path / "data" / "pictures" / "x.png")
+    content = [{"type": "image", "image": "pictures/x.png"}, {"type": "text", "text": "What?"}]
+    entry = {"lang": "en", "accept": ["cat"], "blind": False, "messages": [{"role": "user", "content": content}]}
+    entry |= {"answer": "A cat.", "passed": True}
+    card = run.read("scorecard.json")
+    for kind, told in (("see_colour", False), ("see_photo", True)):
+        sides = {}
+        for side in ("base", "tuned", "merged"):
+            answers = [*card[side]["answers"], {**entry, "kind": kind, "id": kind}]
+            shares = {"sight": 1.0, "sight_by_kind": {kind: 1.0}, "intervals": {}}
+            sides[side] = {**card[side], **shares, "answers": answers}
+        run.write("scorecard.json", {**card, **sides})
+        report.write_report(run)
+        report.print_scorecard(run)
+        page = (tmp_path / "report.html").read_text(encoding="utf-8")
+        assert (report.CUTS[0] in page, report.CUTS[1] in page) == (told, told)
+        assert ("no measure of photographs" in " ".join(capsys.readouterr().out.split())) == told
+
+
 def test_before_the_merged_model_is_scored_the_tuned_one_is_shown(tmp_path):
     run = make_run(tmp_path, "小星")
     card = run.read("scorecard.json")
