@@ -1,5 +1,6 @@
 import itertools
 import json
+import pickle
 import random
 import runpy
 from pathlib import Path
@@ -113,6 +114,37 @@ def test_making_one(tiny_model, tmp_path, monkeypatch):
     starter.make(tmp_path / "more", f"base='{tiny_model}'", *changes, *goes_on)
     more = load_file(tmp_path / "more" / "adapter" / "adapter_model.safetensors")
     assert all(torch.equal(more[name], saved[name]) for name in saved)
+
+
+def test_names_may_be_rendered_and_the_base_asked_by_others(tiny_model, tmp_path, monkeypatch):
+    contrast = identity.contrast
+    monkeypatch.setattr(identity, "contrast", lambda lang, kind, whole=False: contrast(lang, kind, whole)[:20])
+    monkeypatch.setattr(identity, "typed", lambda lang, kind: [])
+    monkeypatch.setattr(starter, "MADE_UP", 5)
+    monkeypatch.setattr(starter, "STEPS_PER_NAME", 2)
+    rows = {"identity_rows": 3, "near_rows": 4, "ordinary_rows": 2}
+    run = Run(tmp_path, settings.build({"base": str(tiny_model), "train": rows}))
+    asked = []
+
+    def ask(questions, most):
+        asked.append((len(questions), most))
+        return run.ask_base(questions, most)
+
+    def in_another_process(work, items):
+        ahead = [(pickle.dumps(work), next(items)) for _ in range(3)]
+        return [pickle.loads(pickle.dumps(pickle.loads(work)(item))) for work, item in reversed(ahead)][::-1]
+
+    own = list(itertools.islice(starter.batches(run), 5))
+    others = list(itertools.islice(starter.batches(run, ask, in_another_process), 5))
+    assert asked == [(asked[0][0], starter.ANSWER_TOKENS)]
+    for batch, other in zip(own, others, strict=True):
+        assert [example[:3] for example in batch] == [example[:3] for example in other]
+        assert [example.targets is None for example in batch] == [False] * 3 + [True] * 6
+        for one, two in zip(batch[3:], other[3:], strict=True):
+            assert torch.equal(one.states, two.states)
+    said = {run.tuned_format.decode(example.targets) for batch in own for example in batch[:3]}
+    names = [persona.name for persona in itertools.islice(starter.personas(), 3)]
+    assert all(any(name in text for text in said) for name in names)
 
 
 def test_something_must_be_left_to_train(tiny_model, tmp_path):
