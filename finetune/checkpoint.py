@@ -9,13 +9,13 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from accelerate import PartialState
-from peft import PeftModel
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor, distribute_tensor
 from transformers import PreTrainedModel
 
+from finetune.adapters import PeftModel
 from finetune.chat_format import ChatFormat
 from finetune.errors import UserError
 from finetune.model import PROJECTOR, disk_errors, save

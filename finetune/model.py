@@ -35,7 +35,7 @@ from finetune.errors import UserError
 from finetune.hub import FILES, pull, pull_first, several
 
 if TYPE_CHECKING:
-    from peft import PeftModel  # imported where it is used: that takes two seconds, and serving does without it
+    from finetune.adapters import PeftModel  # where it is used: that takes a second, and serving does without it
 
 transformers.utils.logging.disable_progress_bar()  # of loading weights, which takes a second
 warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)  # peft asks for it by the old name
@@ -420,8 +420,7 @@ def add_lora(
 
     It is fresh, or begins as `starter`, an adapter of that rank, whose weights below `first_layer` stay as they are.
     """
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from peft.tuners.lora import LoraLayer
+    from finetune.adapters import LoraConfig, LoraLayer, PeftModel, get_peft_model
 
     quantised = getattr(model, "is_loaded_in_4bit", False)
     if model.config.model_type == SEES:
@@ -462,8 +461,7 @@ def add_lora(
 
 
 def _with_projector(model: PreTrainedModel, rank: int, starter: Path | None, encoder_rank: int) -> "PeftModel":
-    from peft import LoraConfig, get_peft_model
-    from peft.utils.constants import DUMMY_TARGET_MODULES
+    from finetune.adapters import DUMMY_TARGET_MODULES, LoraConfig, get_peft_model
 
     kinds = {name.rpartition(".")[2] for name, module in language_model(model).named_modules() if _is_linear(module)}
     layers = rf".*\.language_model\..*\.({'|'.join(sorted(kinds))})" if rank else DUMMY_TARGET_MODULES
@@ -500,7 +498,7 @@ def _is_linear(module: torch.nn.Module) -> bool:
 
 def with_adapter(model: PreTrainedModel, adapter: Path) -> PreTrainedModel:
     """The model with an adapter merged into it, all of its weights requiring gradients."""
-    from peft import PeftModel
+    from finetune.adapters import PeftModel
 
     return PeftModel.from_pretrained(model, adapter).merge_and_unload().requires_grad_(True)
 
@@ -526,7 +524,7 @@ def check_adapter(adapter: Path, base: Path) -> None:
 
 def load_adapter(model: PreTrainedModel, adapter: Path, base: Path) -> "PeftModel":
     """base + adapter, the adapter unmerged. Raises UserError when it belongs to another base."""
-    from peft import PeftModel
+    from finetune.adapters import PeftModel
 
     config = adapter / "adapter_config.json"
     if config.is_file() and "wqkv" in config.read_text(encoding="utf-8"):

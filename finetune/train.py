@@ -22,13 +22,13 @@ import torch
 import torch.nn.functional as F
 from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast_object_list
-from peft import PeftModel
 from safetensors.torch import load_file
 from torch import Tensor
 from tqdm import tqdm
 from transformers import PreTrainedModel
 from transformers.integrations import unset_hf_deepspeed_config
 
+from finetune.adapters import PeftModel
 from finetune.checkpoint import load_moments, load_weights, save_checkpoint, save_whole
 from finetune.embedded import say
 from finetune.errors import UserError

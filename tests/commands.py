@@ -44,7 +44,7 @@ def here(folder: Path, *arguments: str | Path, **environment: str) -> subprocess
 def apart(*arguments: str | Path, **environment: str) -> int:
     """The same in a process of its own, forked from one that has everything imported: its exit status."""
     context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.train", "peft"])
+    context.set_forkserver_preload(["finetune.train"])
     process = context.Process(target=_main, args=([*map(str, arguments)], environment))
     process.start()
     process.join()

@@ -235,7 +235,7 @@ def _die_at(name: str, count: int) -> None:
 def start(*args) -> int:
     """`work` in a process of its own; its exit status."""
     context = multiprocessing.get_context("forkserver")  # which imports the libraries once
-    context.set_forkserver_preload(["finetune.train", "peft"])
+    context.set_forkserver_preload(["finetune.train"])
     process = context.Process(target=work, args=args)
     process.start()
     process.join(120)

@@ -49,7 +49,7 @@ def forked(config: torch.distributed.run.LaunchConfig, entrypoint: str, launch=t
 if __name__ == "__main__":
     os.environ["DS_ACCELERATOR"] = "cpu"
     os.environ["PYTHONPATH"] = os.pathsep.join([str(ROOT), str(ROOT / "tests"), os.environ["PYTHONPATH"]])
-    multiprocessing.set_forkserver_preload(["deepspeed.comm", "test_train", "peft"])
+    multiprocessing.set_forkserver_preload(["deepspeed.comm", "test_train"])
     torch.distributed.run.elastic_launch = forked
     jobs = sys.argv[1:]
     for job in (jobs[i : i + 5] for i in range(0, len(jobs), 5)):
