@@ -215,10 +215,21 @@ def _probe_items(stem: str, lang: str) -> Iterator[tuple[str, dict, int, dict]]:
                 yield kind, group, index, item | other | {"number": number}
 
 
+class _Kept(dict):
+    """For str.translate: no punctuation, no white space; a character's category is looked up once."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZC" else code
+        return self[code]
+
+
+_KEPT = _Kept()
+
+
 def normalise(text: str) -> str:
     """Two questions are the same phrasing if this is equal: no case, no punctuation, no white space."""
     folded = unicodedata.normalize("NFKC", text).casefold()
-    return "".join(char for char in folded if unicodedata.category(char)[0] not in "PZC") or folded.strip()
+    return folded.translate(_KEPT) or folded.strip()
 
 
 def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, str], held_out: set[str]) -> list[dict]:
