@@ -16,7 +16,7 @@ import threading
 import time
 import urllib.error
 import urllib.request
-from collections import deque
+from collections import defaultdict, deque
 from contextlib import closing, contextmanager
 from pathlib import Path
 from types import SimpleNamespace
@@ -514,24 +514,31 @@ def chromium():
         browser.close()
 
 
+@pytest.fixture(scope="module")
+def browsers():
+    """What nobody uses just now, by their settings: they have read and compiled the page's scripts."""
+    return defaultdict(list)
+
+
 @pytest.fixture
-def visit(chromium):
+def visit(chromium, browsers):
     """Opens a page as a new visitor; afterwards there must be no error in its console and no call to another host."""
-    contexts, complaints = [], []
+    used, complaints = [], []
 
     def heard(message):  # a random model's formulas are no fault of the page
         if message.type in ("error", "warning") and not message.text.startswith("LaTeX-incompatible input"):
             complaints.append(message.text)
 
     def visit(url, wait_for="#box textarea", **settings):
-        window, host = {"width": 1100, "height": 760}, f"203.0.113.{next(VISITORS)}"  # as a proxy in front tells it
-        forwarded = {"X-Forwarded-For": host}
-        context = chromium.new_context(
-            **{"locale": "en-US", "viewport": window, "extra_http_headers": forwarded, **settings}
-        )
-        contexts.append(context)
+        settings = {"locale": "en-US", "viewport": {"width": 1100, "height": 760}, **settings}
+        free = browsers[json.dumps(settings, sort_keys=True)]
+        context = free.pop() if free else chromium.new_context(**settings)
+        used.append((free, context))
+        context.set_extra_http_headers({"X-Forwarded-For": f"203.0.113.{next(VISITORS)}"})  # as a proxy in front tells it
         context.set_default_timeout(PATIENCE * 1000)
         page = context.new_page()
+        forget = {"origin": url, "storageTypes": "cookies,local_storage"}
+        context.new_cdp_session(page).send("Storage.clearDataForOrigin", forget)
         page.on("console", heard)
         page.on("pageerror", lambda error: complaints.append(str(error)))
         page.on("dialog", lambda dialog: (complaints.append(dialog.message), dialog.dismiss()))
@@ -541,8 +548,10 @@ def visit(chromium):
         return page
 
     yield visit
-    for context in contexts:
-        context.close()
+    for free, context in used:
+        for page in context.pages:
+            page.close()
+        free.append(context)
     assert complaints == []
 
 
