@@ -10,6 +10,7 @@ import re
 import subprocess
 import sys
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -41,19 +42,38 @@ def here(folder: Path, *arguments: str | Path, **environment: str) -> subprocess
     return subprocess.CompletedProcess(arguments, status, out.getvalue(), err.getvalue())
 
 
-def apart(*arguments: str | Path, **environment: str) -> int:
-    """The same in a process of its own, forked from one that has everything imported: its exit status."""
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(["finetune.train"])
-    process = context.Process(target=_main, args=([*map(str, arguments)], environment))
-    process.start()
-    process.join()
-    return process.exitcode
+def begin() -> None:
+    """Forks, before the first test, a process that has everything imported and has computed nothing: `apart` has it fork others,
+    where what is imported takes longer than the work."""
+    global forks
+    forks, orders = multiprocessing.Pipe()
+    if os.fork():
+        orders.close()
+        return
+    forks.close()
+    with contextlib.suppress(EOFError):  # the end of the tests
+        while True:
+            process = multiprocessing.get_context("fork").Process(target=_begun, args=orders.recv())
+            process.start()
+            process.join()
+            orders.send(process.exitcode)
+    os._exit(0)
 
 
-def _main(arguments: list[str], environment: dict[str, str]) -> None:
+def apart(work: Callable[..., object], *arguments: object) -> int:
+    """`work`, a module's function, in a process of its own: its exit status."""
+    outputs = [f"/proc/{os.getpid()}/fd/{number}" for number in (1, 2)]  # where pytest catches what is said
+    forks.send((outputs, dict(os.environ), Path.cwd(), work, arguments))
+    return forks.recv()
+
+
+def _begun(outputs: list[str], environment: dict[str, str], folder: Path, work: Callable, arguments: tuple) -> None:
+    for number, output in enumerate(outputs, 1):
+        os.dup2(os.open(output, os.O_WRONLY | os.O_APPEND), number)
+    os.environ.clear()
     os.environ.update(environment)
-    sys.exit(run.main(arguments))
+    os.chdir(folder)
+    work(*arguments)
 
 
 def proved_here(patch: pytest.MonkeyPatch) -> None:

@@ -4,6 +4,7 @@ import json
 import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
@@ -27,6 +28,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     """The quick files come first, then those that take long, the longest first, so that all workers end at about one time."""
     order = {f"test_{name}": place for place, name in enumerate(LONG, 1)}
     items.sort(key=lambda item: order.get(item.path.stem, 0))
+
+
+def pytest_collection_finish() -> None:
+    if commands := sys.modules.get("commands"):
+        commands.begin()
 
 
 @pytest.fixture(scope="session")

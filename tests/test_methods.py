@@ -13,7 +13,7 @@ from unittest.mock import Mock
 import pytest
 from commands import ROOT, apart, command, here, proved_here, sha256
 
-from finetune import identity, model, settings, stages
+from finetune import identity, model, run, settings, stages
 from finetune.run_folder import Run
 
 
@@ -127,17 +127,21 @@ def test_of_two_processes_one_does_the_stages_and_both_train(tiny_model, own_row
     assert [line["step"] for line in lines] == list(range(1, len(lines) + 1))
 
 
+def main(arguments: list[str]) -> None:
+    sys.exit(run.main(arguments))
+
+
 def test_compare_measures_each_method_on_the_same_rows(tiny_model, own_rows, monkeypatch):
-    cache = {"NAMESAKE_CACHE": str(own_rows / "cache")}
 
     def started(given: list[str], check: bool) -> Mock:
         assert given[:2] == command()
-        return Mock(returncode=apart(*given[2:], **cache))
+        return Mock(returncode=apart(main, given[2:]))
 
     monkeypatch.setattr(stages.subprocess, "run", started)
+    monkeypatch.setenv("NAMESAKE_CACHE", str(own_rows / "cache"))
     arguments = ["compare", "--base", tiny_model, "--task", "instruct", "--data", "chat.jsonl", "--run", "runs/m"]
     arguments += ["--set", "train.epochs=1"]
-    done = here(own_rows, *arguments, **cache)
+    done = here(own_rows, *arguments)
     assert done.returncode == 0, done.stderr
     found = json.loads((own_rows / "runs" / "m" / "compare.json").read_text())["methods"]
     assert [line["method"] for line in found] == ["full", "lora", "qlora"]

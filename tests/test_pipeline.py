@@ -15,11 +15,12 @@ import termios
 from pathlib import Path
 
 import pytest
-from commands import ROOT, finetune, here, plain_answers, proved_here, sha256
+from commands import ROOT, apart, finetune, here, plain_answers, proved_here, sha256
 from PIL import Image
 
-from finetune import card
+from finetune import card, train
 from finetune.engine import Engine
+from finetune.run import main
 
 
 @pytest.fixture(scope="module")
@@ -102,31 +103,28 @@ def test_a_second_time_nothing_is_done(tiny_run):
     assert {file: file.stat().st_mtime_ns for file in run.rglob("*")} == before
 
 
-KILLED = """
-import os, signal, sys
-from finetune import run, train
+def die_at_the_second_checkpoint(arguments: list[str]) -> None:
+    save = train.save_checkpoint
 
-def save_and_die(folder, weights, optimizer, step, save=train.save_checkpoint):
-    save(folder, weights, optimizer, step)
-    if step == 2:
-        os.kill(os.getpid(), signal.SIGKILL)
+    def save_and_die(folder: Path, weights: dict, optimizer: object, step: int) -> None:
+        save(folder, weights, optimizer, step)
+        if step == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
 
-train.save_checkpoint = save_and_die
-run.main(sys.argv[1:])
-"""
+    train.save_checkpoint = save_and_die
+    main(arguments)
 
 
-def test_killed_and_started_again_ends_with_the_same_adapter(tiny_run, tiny_model):
+def test_killed_and_started_again_ends_with_the_same_adapter(tiny_run, monkeypatch):
     run, _, arguments = tiny_run
     root = run.parent.parent
     arguments = [*arguments[:-5], "runs/two", *arguments[-4:]]
-    environment = {**os.environ, "NAMESAKE_CACHE": str(root / "cache"), "PYTHONPATH": str(ROOT)}
-    command = [sys.executable, "-c", KILLED, *arguments]
-    killed = subprocess.run(command, cwd=root, env=environment, capture_output=True, check=False)
-    assert killed.returncode == -signal.SIGKILL
+    monkeypatch.setenv("NAMESAKE_CACHE", str(root / "cache"))
+    monkeypatch.chdir(root)
+    assert apart(die_at_the_second_checkpoint, arguments) == -signal.SIGKILL
     assert len((root / "runs" / "two" / "metrics.jsonl").read_text().splitlines()) == 2
     assert not (root / "runs" / "two" / "adapter").exists()
-    done = here(root, "train", "--run", "runs/two", NAMESAKE_CACHE=str(root / "cache"))
+    done = here(root, "train", "--run", "runs/two")
     assert done.returncode == 0, done.stderr
     name = "adapter/adapter_model.safetensors"
     assert sha256(root / "runs" / "two" / name) == sha256(run / name)

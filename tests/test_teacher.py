@@ -1,10 +1,10 @@
 import errno
 import multiprocessing
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from commands import apart
 from safetensors import SafetensorError
 from safetensors.torch import load_file
 
@@ -110,24 +110,27 @@ def ask(base: Path, cache: Path, prompts: list[list[int]], both, mine, others, a
         others.wait(0.3)
         return load(base)
 
-    os.environ["NAMESAKE_CACHE"] = str(cache)  # the fork server has the environment of when it was started
     torch.set_num_threads(1)
     both.wait()
     answers.put((prompts, [answer.ids for answer in teacher.ask("base", load_base, prompts, STOP, MOST)]))
 
 
-def test_two_processes_at_once(tiny_model, cache):
-    context = multiprocessing.get_context("forkserver")
+def both_ask(base: Path, cache: Path) -> None:
+    context = multiprocessing.get_context("fork")
     both, one, other, answers = context.Barrier(2), context.Event(), context.Event(), context.Queue()
-    first = context.Process(target=ask, args=(tiny_model, cache, [A, B], both, one, other, answers))
-    second = context.Process(target=ask, args=(tiny_model, cache, [B, C], both, other, one, answers))
+    first = context.Process(target=ask, args=(base, cache, [A, B], both, one, other, answers))
+    second = context.Process(target=ask, args=(base, cache, [B, C], both, other, one, answers))
     for process in (first, second):
         process.start()
     for _ in range(2):
         prompts, found = answers.get(timeout=120)
-        assert found == [answer.ids for answer in complete(load(tiny_model), prompts, STOP, MOST)]
+        assert found == [answer.ids for answer in complete(load(base), prompts, STOP, MOST)]
     for process in (first, second):
         process.join(60)
         assert process.exitcode == 0
+
+
+def test_two_processes_at_once(tiny_model, cache):
+    assert apart(both_ask, tiny_model, cache) == 0
     assert len(load_file(cache / "teacher" / "base.safetensors")) == 6  # ids and states of three prompts
     teacher.ask("base", unloadable, [A, B, C], STOP, MOST)

@@ -1,7 +1,6 @@
 import dataclasses
 import errno
 import json
-import multiprocessing
 import os
 import random
 import shutil
@@ -17,6 +16,7 @@ from unittest import mock
 import bitsandbytes
 import pytest
 import torch
+from commands import apart
 from peft.tuners.lora import LoraLayer
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file
@@ -232,16 +232,6 @@ def _die_at(name: str, count: int) -> None:
     setattr(module, name, dying)
 
 
-def start(*args) -> int:
-    """`work` in a process of its own; its exit status."""
-    context = multiprocessing.get_context("forkserver")  # which imports the libraries once
-    context.set_forkserver_preload(["finetune.train"])
-    process = context.Process(target=work, args=args)
-    process.start()
-    process.join(120)
-    return process.exitcode
-
-
 def result(folder: Path) -> tuple[bytes, list[dict]]:
     """The adapter's bytes and the metrics without clock times."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
@@ -252,7 +242,7 @@ def result(folder: Path) -> tuple[bytes, list[dict]]:
 @pytest.fixture(scope="module")
 def uninterrupted(tiny_model, tmp_path_factory) -> tuple[bytes, list[dict]]:
     folder = tmp_path_factory.mktemp("uninterrupted")
-    assert start(tiny_model, folder) == 0
+    assert apart(work, tiny_model, folder) == 0
     assert sorted(file.name for file in (folder / "adapter").iterdir() if file.suffix != ".md") == [
         "adapter_config.json",
         "adapter_model.safetensors",
@@ -287,12 +277,12 @@ def test_metrics(uninterrupted):
 )
 def test_a_killed_training_goes_on_to_the_same_bytes(kills, tiny_model, tmp_path, uninterrupted):
     for kill in kills:
-        assert start(tiny_model, tmp_path, SETTINGS, kill) == -signal.SIGKILL
+        assert apart(work, tiny_model, tmp_path, SETTINGS, kill) == -signal.SIGKILL
         assert not (tmp_path / "adapter").exists()
         if kill[0] == "schedule":  # a line that was cut
             with (tmp_path / "metrics.jsonl").open("a") as metrics:
                 metrics.write('{"step": 9, "lo')
-    assert start(tiny_model, tmp_path) == 0
+    assert apart(work, tiny_model, tmp_path) == 0
     adapter, metrics = result(tmp_path)
     assert metrics == uninterrupted[1]
     assert adapter == uninterrupted[0]
@@ -300,8 +290,8 @@ def test_a_killed_training_goes_on_to_the_same_bytes(kills, tiny_model, tmp_path
 
 def test_it_starts_from_the_checkpoint(tiny_model, tmp_path, uninterrupted):
     """Else the test above would not show that checkpoints work."""
-    assert start(tiny_model, tmp_path, SETTINGS, ("losses", 8)) == -signal.SIGKILL
-    assert start(tiny_model, tmp_path, SETTINGS, ("schedule", 3)) == 0  # 7 and 8 are left: a third step would die
+    assert apart(work, tiny_model, tmp_path, SETTINGS, ("losses", 8)) == -signal.SIGKILL
+    assert apart(work, tiny_model, tmp_path, SETTINGS, ("schedule", 3)) == 0  # 7 and 8 are left: a third step would die
     assert result(tmp_path) == uninterrupted
 
 
@@ -367,7 +357,7 @@ def test_training_stops_when_behaviour_passes_and_holds(tiny_model, tmp_path):
 
 
 def test_kl_pulls_towards_the_base(tiny_model, tmp_path, uninterrupted):
-    assert start(tiny_model, tmp_path, dataclasses.replace(SETTINGS, kl_weight=0.0)) == 0
+    assert apart(work, tiny_model, tmp_path, dataclasses.replace(SETTINGS, kl_weight=0.0)) == 0
     assert result(tmp_path)[1][-1]["kl"] > uninterrupted[1][-1]["kl"] > 0
 
 
