@@ -21,12 +21,13 @@ TEMPLATE = (
 )
 
 # Test files, the longest first.
-LONG = ["default", "pipeline", "app", "vision", "space", "train", "methods", "merge", "preview", "readme"]
+LONG = ["app", "vision", "space", "pipeline", "train", "methods", "preview", "merge", "readme"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """The quick files come first, then those that take long, the longest first, so that all workers end at about one time."""
-    order = {f"test_{name}": place for place, name in enumerate(LONG, 1)}
+    """One file takes a worker as long as most of the others together: it is begun first. Then the quick files, then those that
+    take long, the longest first, so that all workers end at about one time."""
+    order = {"test_default": -1} | {f"test_{name}": place for place, name in enumerate(LONG, 1)}
     items.sort(key=lambda item: order.get(item.path.stem, 0))
 
 
