@@ -7,6 +7,7 @@ import json
 import os
 import pty
 import re
+import runpy
 import shutil
 import signal
 import subprocess
@@ -233,6 +234,12 @@ def test_ctrl_c_in_the_terminal_stops_one_answer_and_the_conversation_goes_on(ti
             os.close(ours)
 
 
+def as_a_command(module: str, *arguments: str) -> None:
+    """`python -m`"""
+    sys.argv = [module, *arguments]
+    runpy.run_module(module, run_name="__main__")
+
+
 def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, tmp_path, monkeypatch):
     """From its own layout to a merged model that plain transformers opens, and that again in InternLM2's own layout."""
     from safetensors.torch import load_file
@@ -267,8 +274,7 @@ def test_an_internlm2_checkpoint_goes_the_whole_way_and_back(internlm2_folder, t
     ours = generation.answer_texts(network, form, [[{"role": "user", "content": "你是谁？"}]], 40)
     assert [answer.strip() for answer in plain_answers(run / "model", "你是谁？")] == ours
 
-    command = [sys.executable, "-m", "finetune.internlm2", run / "model", tmp_path / "own"]
-    subprocess.run(command, cwd=ROOT, check=True)
+    assert apart(as_a_command, "finetune.internlm2", str(run / "model"), str(tmp_path / "own")) == 0
     internlm2.main([str(tmp_path / "own"), str(tmp_path / "again")])
     for source, target in ((run / "adapter", tmp_path / "theirs"), (tmp_path / "theirs", tmp_path / "adapter")):
         internlm2.main([str(source), str(target), str(internlm2_folder)])
