@@ -51,19 +51,21 @@ def begin() -> None:
         orders.close()
         return
     forks.close()
-    with contextlib.suppress(EOFError):  # the end of the tests
-        while True:
+    try:
+        while True:  # to the end of the tests, which is an EOFError
             process = multiprocessing.get_context("fork").Process(target=_begun, args=orders.recv())
             process.start()
             process.join()
             orders.send(process.exitcode)
-    os._exit(0)
+    finally:
+        os._exit(0)
 
 
 def apart(work: Callable[..., object], *arguments: object) -> int:
     """`work`, a module's function, in a process of its own: its exit status."""
     outputs = [f"/proc/{os.getpid()}/fd/{number}" for number in (1, 2)]  # where pytest catches what is said
     forks.send((outputs, dict(os.environ), Path.cwd(), work, arguments))
+    assert forks.poll(600), f"{work} does not end"
     return forks.recv()
 
 
