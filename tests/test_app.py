@@ -534,9 +534,7 @@ def visit(chromium, browsers):
         free = browsers[json.dumps(settings, sort_keys=True)]
         context = free.pop() if free else chromium.new_context(**settings)
         used.append((free, context))
-        context.set_extra_http_headers(
-            {"X-Forwarded-For": f"203.0.113.{next(VISITORS)}"}
-        )  # as a proxy in front tells it
+        context.set_extra_http_headers({"X-Forwarded-For": f"203.0.113.{next(VISITORS)}"})  # as a proxy in front tells it
         context.set_default_timeout(PATIENCE * 1000)
         page = context.new_page()
         forget = {"origin": url, "storageTypes": "cookies,local_storage"}
@@ -575,14 +573,6 @@ def talk(page):
 
 def idle(page):
     return page.locator("#box [data-testid=submit-button]").is_visible()
-
-
-def answers(page):
-    """That an answer has begun; it is then stopped, for a random model's goes on for hundreds of tokens, each drawn anew."""
-    asked, said = (page.locator(f"#chat [data-testid={role}]") for role in ("user", "bot"))
-    until(lambda: said.count() == asked.count() > 0 and said.last.inner_text().strip(), "an answer")
-    page.locator("#box").evaluate("box => box.querySelector('[data-testid=stop-button]')?.click()")
-    until(lambda: page.locator("#box [data-testid=submit-button]").is_visible(), "the answer's end")
 
 
 def sees(page, *expected):
@@ -1303,7 +1293,7 @@ def test_the_command(tiny_model, visit):
         url = f"http://127.0.0.1:{port}"
         page = visit(url)  # at once: the chat opens when the model is there
         send(page, "Who are you?")
-        answers(page)
+        until(lambda: len(talk(page)) == 2 and talk(page)[1][1] and idle(page), "an answer")
         health = json.loads(get(url + "/health"))
         assert (health["status"], health["model"]) == ("ready", str(tiny_model))
         assert re.fullmatch(r"CPU, \d+ threads, float\d+ weights.*\.", health["runs_on"])
