@@ -75,6 +75,15 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def brief_model(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """The same with a quarter of the context, a quarter of which an answer may take: a random one seldom ends by itself."""
+    folder = shutil.copytree(tiny_model, tmp_path_factory.mktemp("brief") / "model")
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(config | {"max_position_embeddings": 256}))
+    return folder
+
+
+@pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A random CLIP vision tower of three layers, as an ordinary folder."""
     import torch
@@ -196,9 +205,13 @@ def world(tmp_path, monkeypatch) -> Path:
 @pytest.fixture(scope="session")
 def package(tiny_model):
     """What a publish sends: the tiny model with a manifest, as name -> Source."""
+    return package_of(tiny_model)
+
+
+def package_of(model: Path) -> dict:
     from finetune import embedded, transfer
 
-    files = {f.name: transfer.Source(f, f.stat().st_size, embedded.sha256(f)) for f in tiny_model.iterdir()}
+    files = {f.name: transfer.Source(f, f.stat().st_size, embedded.sha256(f)) for f in model.iterdir()}
     files["README.md"] = transfer.source("---\nlicense: mit\n---\n# 小星\n".encode())
     return with_manifest(files)
 

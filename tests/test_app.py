@@ -534,7 +534,9 @@ def visit(chromium, browsers):
         free = browsers[json.dumps(settings, sort_keys=True)]
         context = free.pop() if free else chromium.new_context(**settings)
         used.append((free, context))
-        context.set_extra_http_headers({"X-Forwarded-For": f"203.0.113.{next(VISITORS)}"})  # as a proxy in front tells it
+        context.set_extra_http_headers(
+            {"X-Forwarded-For": f"203.0.113.{next(VISITORS)}"}
+        )  # as a proxy in front tells it
         context.set_default_timeout(PATIENCE * 1000)
         page = context.new_page()
         forget = {"origin": url, "storageTypes": "cookies,local_storage"}
@@ -1283,19 +1285,19 @@ def test_the_page_tells_why_it_failed(visit, tmp_path):
         }
 
 
-def test_the_command(tiny_model, visit):
+def test_the_command(brief_model, visit):
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = free.getsockname()[1]
-    env = {**os.environ, "MODEL": str(tiny_model), "GRADIO_SERVER_PORT": str(port)}
+    env = {**os.environ, "MODEL": str(brief_model), "GRADIO_SERVER_PORT": str(port)}
     process = subprocess.Popen([sys.executable, "app.py"], cwd=ROOT, env=env, stderr=subprocess.PIPE, text=True)
     try:
-        assert process.stderr.readline() == f"{tiny_model}: http://localhost:{port}\n"
+        assert process.stderr.readline() == f"{brief_model}: http://localhost:{port}\n"
         url = f"http://127.0.0.1:{port}"
         page = visit(url)  # at once: the chat opens when the model is there
         send(page, "Who are you?")
         until(lambda: len(talk(page)) == 2 and talk(page)[1][1] and idle(page), "an answer")
         health = json.loads(get(url + "/health"))
-        assert (health["status"], health["model"]) == ("ready", str(tiny_model))
+        assert (health["status"], health["model"]) == ("ready", str(brief_model))
         assert re.fullmatch(r"CPU, \d+ threads, float\d+ weights.*\.", health["runs_on"])
         assert "Traceback" not in get(url)
     finally:

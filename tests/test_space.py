@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from conftest import package_of
 from servers import Hub, closed_port, git, log_in, mkdir, redirect
 from test_app import CHROMIUM, FLAGS, PATIENCE, until
 
@@ -432,7 +433,7 @@ def user() -> list[str]:
     return plain if able else [*plain, "--inh-caps=+dac_read_search", "--ambient-caps=+dac_read_search"]
 
 
-def test_openxlabs_own_procedure(package, server, world, machine, proxy, visitor, monkeypatch, capsys):
+def test_openxlabs_own_procedure(brief_model, server, world, machine, proxy, visitor, monkeypatch, capsys):
     """Deployed to a git repository and cloned from it; pip, apt-get, app.py; first no hub answers, then one does; behind
     nginx, in an iframe; started again without a hub."""
     port = closed_port()
@@ -441,7 +442,7 @@ def test_openxlabs_own_procedure(package, server, world, machine, proxy, visitor
     for name, value in {"HF_ENDPOINT": f"http://127.0.0.1:{port}", "HF_HUB_DISABLE_XET": "1"}.items():
         monkeypatch.setenv(name, value)
     weights = world / "weights"
-    for name, source in package.items():
+    for name, source in package_of(brief_model).items():
         (weights / name).parent.mkdir(exist_ok=True)
         with source.open() as file:
             (weights / name).write_bytes(file.read())
