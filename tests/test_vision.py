@@ -477,8 +477,9 @@ def eyes(tiny_model, clip_folder, tmp_path_factory) -> tuple[Path, Path]:
 
 
 def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
-    """Both phases in two steps: the projector of the starter tells held-out pictures right, and the second phase goes on from
-    there with the language model's own starter. What they reach is in the README; the merge is that of the first phase."""
+    """Both phases in two steps: the projector of the starter tells held-out pictures and photographs right, and the second
+    phase goes on from there with the language model's own starter. What they reach is in the README; the merge is that of the
+    first phase."""
     probes = identity.probes
     monkeypatch.setattr(identity, "probes", lambda *args, **kwargs: probes(*args, **kwargs)[::40])
     monkeypatch.setattr(sight, "PROBES", {"en": 2, "zh": 2})
@@ -488,6 +489,7 @@ def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
     assert run.main(["--task", "vision-projector", "--run", str(tmp_path / "eyes-1"), *few]) == 0
     told = json.loads((tmp_path / "eyes-1" / "scorecard.json").read_text())["merged"]
     assert told["sight_by_kind"]["see_caption"] >= 0.75
+    assert told["sight_by_kind"]["see_photo"] >= 0.6
     named = ["--task", "vision", "--base", str(tmp_path / "eyes-1" / "model"), "--name", "小星", "--author", "书生学员"]
     second = tmp_path / "eyes-2"
     for stage, more, status in (("data", named, 0), ("train", [], 0), ("evaluate", [], 3)):
