@@ -27,6 +27,7 @@ PHOTO_PROBES = {"en": 10, "zh": 5}
 NOISE = 8  # pictures of nothing, which the held-out questions are asked about as well
 NOISY = 10  # one of so many drawn pictures is noise: who looks at it says so
 PHOTOGRAPHED = 8  # one of so many is a photograph instead
+PHOTOGRAPHS = 3  # one after another in a dialogue about them, as each has but one question
 WHAT = 0.25  # share of the dialogues about drawn pictures that ask what there is, as those about photographs do
 CHINESE = 0.5  # share of the conversations
 AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
@@ -67,28 +68,33 @@ def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
     scene = drawn.scene(f"{run.settings.seed}/train/{number}")
     source = random.Random(f"{scene.seed}/said")
     language = "zh" if source.random() < CHINESE else "en"
-    what, captions = source.choice(photographs.QUESTIONS[language]), run.settings.task == "vision-projector"
+    captions, asked = run.settings.task == "vision-projector", photographs.QUESTIONS[language]
     noisy, turn = number % NOISY == 0, number % PHOTOGRAPHED  # 1 is never noise: both numbers are even
-    file = f"pictures/train-{number:05}.png"
     if turn == 1:
-        subject = photographs.SUBJECTS[number // PHOTOGRAPHED % len(photographs.SUBJECTS)]
-        photographs.cut(subject, scene.seed).save(folder / file)
-        pairs = [(CAPTION[language] if captions else what, subject.caption[language])]
+        subjects, said = [photographs.SUBJECTS[number // PHOTOGRAPHED % len(photographs.SUBJECTS)]], []
+        if not captions:
+            subjects += source.sample(photographs.SUBJECTS, PHOTOGRAPHS - 1)
+        for i, subject in enumerate(subjects):
+            file = f"pictures/train-{number:05}-{i}.png"
+            photographs.cut(subject, f"{scene.seed}/{i}").save(folder / file)
+            question = CAPTION[language] if captions else source.choice(asked)
+            said.append((_with_picture(file, question), subject.caption[language]))
     else:
+        file = f"pictures/train-{number:05}.png"
         (drawn.noise(scene.seed) if noisy else drawn.draw(scene)).save(folder / file)
         if captions:
             pairs = [(CAPTION[language], drawn.caption(scene, language))]
         else:
             pairs = [(q["question"], q["answer"]) for q in drawn.questions(scene) if q["lang"] == language]
             if source.random() < WHAT:
-                pairs.append((what, drawn.things(scene, language) + ("。" if language == "zh" else ".")))
+                what = drawn.things(scene, language) + ("。" if language == "zh" else ".")
+                pairs.append((source.choice(asked), what))
             source.shuffle(pairs)
-        if noisy:
-            pairs = [(question, drawn.NOTHING[language]) for question, _ in pairs]
+        said = [(question, drawn.NOTHING[language] if noisy else answer) for question, answer in pairs]
+        said[0] = (_with_picture(file, said[0][0]), said[0][1])
     messages = []
-    for i, (question, answer) in enumerate(pairs):
-        content = _with_picture(file, question) if i == 0 else question
-        messages += [{"role": "user", "content": content}, {"role": "assistant", "content": answer}]
+    for question, answer in said:
+        messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
 
 
