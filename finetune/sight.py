@@ -218,9 +218,9 @@ def steps(run: Run) -> int:
 
 
 def projector_rate(run: Run) -> float:
-    """The projector's learning rate."""
-    rate = run.settings.train.projector_rate
-    return rate if run.projector == run.settings.vision.projector else TAUGHT * rate
+    """The projector's learning rate, in both phases less where the first one began from the starter's."""
+    first, rate = run.before or run, run.settings.train.projector_rate
+    return rate if first.projector == first.settings.vision.projector else TAUGHT * rate
 
 
 def examples(run: Run, model: Any) -> list[Any]:

@@ -515,6 +515,16 @@ def test_only_the_drawn_pictures_begin_from_a_starter(tiny_model, tmp_path):
         Run(tmp_path, settings.build(values)).base  # noqa: B018
 
 
+@pytest.mark.parametrize(("values", "share"), [({}, sight.TAUGHT), ({"starter": ""}, 1), ({"encoder": "clip"}, 1)])
+def test_a_taught_projector_learns_slowly_in_both_phases(tmp_path, values, share):
+    first = settings.build(settings.preset(embedded.NAME), {"task": "vision-projector", "vision": values})
+    mkdir(tmp_path / "one" / "data")
+    settings.write(first, tmp_path / "one" / "settings.toml")
+    second = settings.build({"task": "vision", "base": str(mkdir(tmp_path / "one" / "model"))})
+    for run_of in (Run(tmp_path / "one", first), Run(tmp_path / "two", second)):
+        assert sight.projector_rate(run_of) == share * settings.Train().projector_rate
+
+
 def llava_rows(folder: Path) -> Path:
     """Forty rows, every fourth without a picture, and one with its picture in it, as the page exports a conversation."""
     rows = []
