@@ -93,7 +93,7 @@ def _opened(file: str) -> Image.Image:
 
 
 def cut(subject: Subject, seed: str, heldout: bool = False) -> Image.Image:
-    """60 to 100 % of either side about the middle, mirrored or not, a little brighter or darker, stronger or paler."""
+    """60 to 100 % of either side, from anywhere in it, mirrored or not, a little brighter or darker, stronger or paler."""
     whole, source = _opened(subject.heldout if heldout else subject.file), random.Random(seed)
     size = [round(source.uniform(0.6, 1) * side) for side in whole.size]
     left, top = (source.randint(0, side - part) for side, part in zip(whole.size, size, strict=True))
