@@ -8,6 +8,9 @@ from typing import Any
 logging.getLogger("bitsandbytes").setLevel(logging.ERROR)
 # A GPU's memory that lies free in pieces is joined: QLoRA of a 7B model under 8 GB else had 0.6 GB of such pieces.
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+# On a CPU oneDNN keeps about 26 kernels, 0.4 MB each, for every number of tokens that a pass had, 1024 of them: with the
+# holes in the heap between them 0.5 GB of a run of the default model. A pass comes by with the ones that it uses itself.
+os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "64")
 
 
 def __getattr__(name: str) -> Any:

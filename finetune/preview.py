@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import psutil
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
@@ -35,6 +36,10 @@ DATA_URL = re.compile(r"(data:image/[\w.+-]+;base64,[\w+/=]{20})[\w+/=]+")  # th
 TRIAL_TOKENS = 2048  # of a step that is tried on a processor
 TRIAL_SECONDS = 12.0  # training is tried so long, and two steps at least
 GPU_STEPS = 8  # there: the first ones are slow
+TRAINED_BYTES = 16  # of a trained weight: itself, its gradient and AdamW's two moments, in float32
+# What a run's heap adds to the trial's activations, as passes of ever new lengths leave pieces in it that later ones do not
+# fit: 0 to .16 of them by tests/bench/estimate.py on two cores with bfloat16: LoRA and full, rows short and of 1024 tokens.
+HOLES = 0.1
 
 
 # ------------------------------------------------------------------------------------------------------- one datum
@@ -147,7 +152,7 @@ def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) 
     held = max(1, min(tasks.HELD_OUT, int(count * each) // 20))
     total = max(0.0, tokens - held * mean) * values.epochs
     per_step = min(values.tokens, max(tasks.MIN_TOKENS, int(total) // tasks.STEPS))
-    parts = sorted(parts, key=lambda part: -part["tokens"])[:1] + parts  # the longest first: it decides the memory
+    longest = sorted(parts, key=lambda part: -part["tokens"])
     with contextlib.suppress(OSError):
         Path("/proc/self/clear_refs").write_text("5")  # Linux forgets the peak so far
     say("Training for a moment, to see how fast it is here ... / 试训练片刻以估计用时……")
@@ -156,21 +161,31 @@ def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) 
         model = models.load_for_training(run.base, run.settings.method)
         if run.settings.method != "full":
             model = models.add_lora(model, values.rank)
-        trial = per_step if model.device.type == "cuda" else min(per_step, TRIAL_TOKENS)
-        examples = (
-            training.answer_example(*tasks.encode(part, form, values.length)) for part in itertools.cycle(parts)
-        )
+        gpu = model.device.type == "cuda"
+        trial, least = (per_step, GPU_STEPS) if gpu else (min(per_step, TRIAL_TOKENS), 2)
+
+        def steps_of(parts: Sequence[dict[str, Any]], tokens: int) -> Iterator[list[Any]]:
+            endless = itertools.cycle(parts)
+            return _steps((training.answer_example(*tasks.encode(p, form, values.length)) for p in endless), tokens)
+
+        def steps() -> Iterator[list[Any]]:
+            began = time.perf_counter()
+            for number, step in enumerate(steps_of(longest[:1] + parts, trial)):
+                if number >= least and time.perf_counter() - began > TRIAL_SECONDS:
+                    break
+                yield step
+            if not gpu:  # most is held by long passes, when the moments and what short passes left in pieces are there
+                yield next(steps_of(longest, TRIAL_TOKENS))
+
+        fixed = psutil.Process().memory_info().rss
+        fixed += TRAINED_BYTES * sum(weight.numel() for weight in training.trained(model).values())
         planned = max(1, round(total / per_step))
         still = dataclasses.replace(
             values, steps=planned, learning_rate=0.0, full_learning_rate=0.0, checkpoint_every=10**6
         )
-        least = GPU_STEPS if model.device.type == "cuda" else 2
-        began = time.perf_counter()
-        with contextlib.closing(training.train(model, _steps(examples, trial), still, Path(folder))) as steps:
-            for step in steps:
-                if step >= least and time.perf_counter() - began > TRIAL_SECONDS:
-                    break
-        history = read_lines(Path(folder) / "metrics.jsonl")
+        for _ in training.train(model, steps(), still, Path(folder)):
+            pass
+        history = read_lines(Path(folder) / "metrics.jsonl")[: None if gpu else -1]  # long rows have another speed
     tokens_at, seconds_at = ([0.0, *(line[key] for line in history)] for key in ("tokens", "seconds"))
     settled = (len(history) + 1) // 2  # before, it warms up; on a GPU layers may be compiled
     rate = (tokens_at[-1] - tokens_at[settled]) / (seconds_at[-1] - seconds_at[settled])
@@ -181,7 +196,7 @@ def estimate(run: Run, rows: Sequence[dict[str, Any]], count: int, tokens: int) 
         "tokens_per_s": rate,
         "steps": planned,
         "gpu": "gpu" in peak,
-        "bytes": peak.get("gpu", peak["host"]),
+        "bytes": peak["gpu"] if gpu else peak["host"] + int(HOLES * max(0, peak["host"] - fixed)),
     }
 
 

@@ -10,6 +10,7 @@ import re
 import time
 from html.parser import HTMLParser
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 from rich.console import Console
@@ -155,6 +156,32 @@ def test_the_estimate_comes_true(task, tiny_model, tmp_path, monkeypatch):
     assert expected["seconds"] * expected["tokens_per_s"] == pytest.approx(last["tokens"], rel=0.25)
     assert expected["steps"] == pytest.approx(last["step"], rel=0.2, abs=1)
     assert expected["bytes"] == pytest.approx(made.read("receipt.json")["peak_memory"]["host"], rel=0.15)
+
+
+@pytest.mark.parametrize("method", ["lora", "full"])
+def test_the_trial_ends_with_the_longest_rows_and_the_heap_is_larger(method, tiny_model, tmp_path, monkeypatch):
+    from finetune import train as training
+
+    monkeypatch.setattr(preview, "TRIAL_SECONDS", 0.0)
+    monkeypatch.setattr(stages, "peak_memory", lambda: {"host": 10**10})
+    monkeypatch.setattr(preview.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0)))
+    seen, trained, train = [], [], training.train
+
+    def watched(model, batches, *rest):
+        trained.extend(weight.numel() for weight in training.trained(model).values())
+        return train(model, (seen.append([len(e.ids) for e in batch]) or batch for batch in batches), *rest)
+
+    monkeypatch.setattr(training, "train", watched)
+    rows = rows_of_length(40, 20, 400)
+    file = write(tmp_path / "a.jsonl", rows)
+    values = {"base": str(tiny_model), "task": "instruct", "method": method, "data": [str(file)]}
+    made = stages.Run(tmp_path / "run", settings.build({**values, "train": {"rank": 4}}))
+    found = preview.estimate(made, rows, len(rows), sum(map(tokens_of, rows)))
+    lengths = sorted(map(tokens_of, rows), reverse=True)
+    count = next(n for n in itertools.count(1) if sum(lengths[: n + 1]) > preview.TRIAL_TOKENS)
+    assert seen[-1] == lengths[:count]
+    assert len(seen) == 3  # two steps at least before
+    assert found["bytes"] == pytest.approx(1e10 + 0.1 * (1e10 - 16 * sum(trained)), rel=1e-9)
 
 
 # ----------------------------------------------------------------------------------------------------------- shown

@@ -1,8 +1,9 @@
 """Whether `check --data` comes true: its estimate beside the training it speaks of, each in a process of its own, for every
 method and task. Prints one JSON line.
 
-`python tests/bench/estimate.py [--processor-time] [--rows N] [--base REF] [METHOD/TASK ...]`. ratio: estimated seconds (bytes)
-over measured ones. With --processor-time seconds are this process's own, which other programs do not change much.
+`python tests/bench/estimate.py [--processor-time] [--rows N] [--characters N] [--base REF] [METHOD/TASK ...]`. ratio: estimated
+seconds (bytes) over measured ones. --characters: of an answer or a text, at most; 4000 are a row's 1024 tokens. With
+--processor-time seconds are this process's own, which other programs do not change much.
 """
 
 import argparse
@@ -23,7 +24,7 @@ from finetune import train as training
 PAIRS = ("lora/instruct", "lora/pretrain", "qlora/instruct", "full/instruct")
 
 
-def data(file: Path, task: str, rows: int) -> None:
+def data(file: Path, task: str, rows: int, characters: int) -> None:
     """Pieces of what this project says about itself; always the same."""
     root, source = Path(__file__).parents[2], random.Random(0)
     text = (root / "README.md").read_text(encoding="utf-8") + (root / "finetune" / "records.py").read_text(
@@ -31,8 +32,9 @@ def data(file: Path, task: str, rows: int) -> None:
     )
     with file.open("w", encoding="utf-8") as lines:
         for _ in range(rows):
-            at = source.randrange(len(text) - 2000)
-            asked, said = text[at : at + source.randint(20, 200)], text[at + 200 : at + 200 + source.randint(50, 1200)]
+            at = source.randrange(len(text) - 200 - characters)
+            asked = text[at : at + source.randint(20, 200)]
+            said = text[at + 200 : at + 200 + source.randint(min(50, characters), characters)]
             row = {"text": said} if task == "pretrain" else {"query": asked, "response": said}
             lines.write(json.dumps(row, ensure_ascii=False) + "\n")
 
@@ -65,13 +67,14 @@ def main() -> None:
     flags.add_argument("pairs", nargs="*", default=PAIRS)
     flags.add_argument("--processor-time", action="store_true")
     flags.add_argument("--rows", type=int, default=300)
+    flags.add_argument("--characters", type=int, default=1200)
     flags.add_argument("--base", default=settings.DEFAULT_PRESET)
     args = flags.parse_args()
     found = {}
     alone = {"max_workers": 1, "mp_context": multiprocessing.get_context("spawn")}
     with tempfile.TemporaryDirectory() as folder:
         for task in ("instruct", "pretrain"):
-            data(Path(folder) / f"{task}.jsonl", task, args.rows)
+            data(Path(folder) / f"{task}.jsonl", task, args.rows, args.characters)
         for pair in args.pairs:
             sides = []
             for work in (expected, measured):
