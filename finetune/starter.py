@@ -15,7 +15,9 @@ What is left of the base's KL, in nats a token of the development questions that
 without a starter; .021 / .024 after those 1,400 steps; with twice the tokens a step .018 / .013 at KL 8 and .015 / .009 at
 KL 16; of 4,300 such steps, with all patterns among the near rows too, .010 / .009 at KL 16 and .007 / .006 at KL 32, from
 which names are harder to learn. Rank 32 left as much as rank 16, and was no better after the short way. 2,200 steps more from
-there, of 35,000 tokens each and on 160,000 prompts, made of .965 of identity .983 on an exam that nobody had seen.
+there, of 35,000 tokens each and on 160,000 prompts, made of .965 of identity .983 on an exam that nobody had seen. 4,400 steps
+more, with 6,000 prompts and 2,900 identity questions that people wrote: on the next such exam, six names, near questions that leak
+.045 -> .022, after an identity turn .031 -> .022, identity .972 -> .961; by the scorecard .975 -> .980, facts .92 -> .95.
 """
 
 import functools
@@ -42,6 +44,7 @@ from finetune.settings import Persona, Said
 STEPS_PER_NAME = 64
 MEAN_OVER = 1000  # steps, about: the horizon of the moving mean
 NEAR = 30_000  # near-identity prompts of each language that patterns give
+TYPED = {"near": 3, "ordinary": 1}  # times that those are taken which people typed, each time with other slips
 AFTER = 1000  # of them right after an identity turn, for each name
 MADE_UP = 48_000  # prompts that the base makes up itself
 PROMPT_TOKENS = 40  # of these, at most
@@ -106,7 +109,7 @@ def batches(
         for step in range(STEPS_PER_NAME):
             batch = said[step * values.identity_rows : (step + 1) * values.identity_rows]
             for i in range(values.near_rows):
-                batch.append(next(near if i % 4 else after))
+                batch.append(next(near if i % 3 else after))
             for i in range(values.ordinary_rows):
                 batch.append(next(others[i % len(others)]))
             yield batch
@@ -144,7 +147,7 @@ def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
         prompts = identity.contrast(lang, kind, whole=True)
         if kind == "near":
             prompts = rng.sample(prompts, min(NEAR, len(prompts)))
-        prompts = prompts + identity.typed(lang, kind)
+        prompts = prompts + identity.typed(lang, kind) * TYPED[kind]
         if (lang, kind) == ("en", "ordinary"):
             prompts += made_up(run, rng)
         for prompt in dict.fromkeys(varied(prompt, lang, rng) for prompt in prompts):

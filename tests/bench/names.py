@@ -1,11 +1,13 @@
-"""The preset's figures for ten names and authors that no starter saw: `python tests/bench/names.py [--small] [NAMES] [SEEDS]`
+"""The preset's figures for ten names and authors that no starter saw: `python tests/bench/names.py [--small] [--exam] [NAMES] [SEEDS]`
 
 The first NAMES of them (10), each with SEEDS seeds (1), by the scorecard's probes, answered in float32. Prints a Markdown table as it
 goes: what is asked, a line for each name and seed, the mean, and of each figure the worst name's mean over its seeds; then one JSON
-line. The first data stage on an empty cache asks the base, which later ones find there. --small takes two steps and one probe of each
-kind and language, to see that it runs.
+line. The first data stage on an empty cache asks the base, which later ones find there. --exam asks the questions of
+assets/identity/exam.* instead, with which starters are compared. --small takes two steps and one probe of each kind and
+language, to see that it runs.
 """
 
+import functools
 import json
 import sys
 import tempfile
@@ -45,11 +47,13 @@ def figures(card: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     """Of a side of the scorecard all that is asked but the seconds."""
     kinds, leaks = card["identity_by_kind"], card["leak_by_kind"]
     found = {key: card[key] for key in ("identity", "facts_kept", "kl")}
-    found |= {key: kinds[key] for key in ("multi_turn", "system_empty", "system_foreign", "system_old")}
+    found |= {key: kinds.get(key) for key in ("multi_turn", "system_empty", "system_foreign", "system_old")}
     found |= {key: leaks[key] for key in ("near", "ordinary", "after_identity")}
     found |= {"worst kind": min(share for kind, share in kinds.items() if "/" in kind)}
     found |= {"parrot over base": card["parrot"] - base["parrot"]}
-    return {key: round(found[key] or 0, 3) for key in ASKED if key in found}  # None: the base knows none of the facts
+    return {
+        key: round(found[key] or 0, 3) for key in ASKED if key in found
+    }  # None: not asked; or the base knows no fact
 
 
 def one_of_each(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -86,9 +90,11 @@ def measure(name: str, author: str, seed: int, folder: Path, small: bool) -> dic
 
 
 def main() -> None:
-    small, words = "--small" in sys.argv, [word for word in sys.argv[1:] if word != "--small"]
+    small, words = "--small" in sys.argv, [word for word in sys.argv[1:] if not word.startswith("-")]
     names, seeds = map(int, [*words, *(("1", "1") if small else ("10", "1"))[len(words) :]])
     models.inference_dtype = lambda: torch.float32
+    if "--exam" in sys.argv:
+        identity.probes = functools.partial(identity.probes, stem="exam")
     if small:
         probes = identity.probes
         identity.probes = lambda *args, **kwargs: one_of_each(probes(*args, **kwargs))
