@@ -30,6 +30,7 @@ PLACES = {  # the middle of a ninth of the picture
     "left": "左边", "middle": "中间", "right": "右边",
     "bottom left": "左下", "bottom": "下方", "bottom right": "右下",
 }  # fmt: skip
+COUNTS = (1, 1, 2, 3, 4)  # of the things; where there are several nobody asks for the place
 NOTHING = {"en": "I see only noise.", "zh": "只有噪点。"}  # about a picture of nothing
 KINDS = ("colour", "shape", "count", "position")
 LANGUAGES = ("en", "zh")
@@ -46,9 +47,9 @@ class Scene(NamedTuple):
         return list(NUMBERS)[len(self.places) - 1]
 
 
-def scene(seed: str) -> Scene:
+def scene(seed: str, counts: Sequence[int] = COUNTS) -> Scene:
     source = random.Random(seed)
-    count = source.choice((1, 1, 2, 3, 4))  # where there are several nobody asks for the place
+    count = source.choice(counts)
     places = source.sample(list(PLACES), count)
     return Scene(source.choice(list(SHAPES)), source.choice(list(COLOURS)), tuple(places), seed)
 

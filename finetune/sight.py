@@ -29,6 +29,8 @@ NOISY = 10  # one of so many drawn pictures is noise: who looks at it says so
 PHOTOGRAPHED = 8  # one of so many is a photograph instead
 PHOTOGRAPHS = 3  # one after another in a dialogue about them, as each has but one question
 WHAT = 0.25  # share of the dialogues about drawn pictures that ask what there is, as those about photographs do
+COUNTS = (1, 1, 2, 3, 3, 4)  # as drawn.COUNTS, for dialogues: three is taken for two or for four
+GIVES_AWAY = {"positions": ("count",), "what": ("colour", "shape", "count")}  # what an answer says besides
 CHINESE = 0.5  # share of the conversations
 AFTER = 5  # one of so many questions about the assistant itself comes after some about a picture
 ANSWER_TOKENS = 24
@@ -65,10 +67,11 @@ def prepare(run: Run, folder: Path) -> None:
 
 def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
     """A drawn picture or a photograph with its caption, or with a dialogue about it."""
-    scene = drawn.scene(f"{run.settings.seed}/train/{number}")
+    captions = run.settings.task == "vision-projector"
+    scene = drawn.scene(f"{run.settings.seed}/train/{number}", drawn.COUNTS if captions else COUNTS)
     source = random.Random(f"{scene.seed}/said")
     language = "zh" if source.random() < CHINESE else "en"
-    captions, asked = run.settings.task == "vision-projector", photographs.QUESTIONS[language]
+    asked = photographs.QUESTIONS[language]
     noisy, turn = number % NOISY == 0, number % PHOTOGRAPHED  # 1 is never noise: both numbers are even
     if turn == 1:
         subjects, said = [photographs.SUBJECTS[number // PHOTOGRAPHED % len(photographs.SUBJECTS)]], []
@@ -82,20 +85,25 @@ def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
     else:
         file = f"pictures/train-{number:05}.png"
         (drawn.noise(scene.seed) if noisy else drawn.draw(scene)).save(folder / file)
-        if captions:
-            pairs = [(CAPTION[language], drawn.caption(scene, language))]
-        else:
-            pairs = [(q["question"], q["answer"]) for q in drawn.questions(scene) if q["lang"] == language]
-            if source.random() < WHAT:
-                what = drawn.things(scene, language) + ("。" if language == "zh" else ".")
-                pairs.append((source.choice(asked), what))
-            source.shuffle(pairs)
-        said = [(question, drawn.NOTHING[language] if noisy else answer) for question, answer in pairs]
+        told = [(CAPTION[language], drawn.caption(scene, language))] if captions else _asked(scene, language, source)
+        said = [(question, drawn.NOTHING[language] if noisy else answer) for question, answer in told]
         said[0] = (_with_picture(file, said[0][0]), said[0][1])
     messages = []
     for question, answer in said:
         messages += [{"role": "user", "content": question}, {"role": "assistant", "content": answer}]
     return {"messages": messages}
+
+
+def _asked(scene: drawn.Scene, language: str, source: random.Random) -> list[tuple[str, str]]:
+    """(question, answer) of a dialogue about a drawn picture: what an answer before gives away would not teach to look."""
+    asked = [(q["kind"], q["question"], q["answer"]) for q in drawn.questions(scene) if q["lang"] == language]
+    if source.random() < WHAT:
+        what = drawn.things(scene, language) + ("。" if language == "zh" else ".")
+        asked.append(("what", source.choice(photographs.QUESTIONS[language]), what))
+    source.shuffle(asked)
+    asked[1:] = sorted(asked[1:], key=lambda told: told[0] == "positions")  # counting, the hardest, goes before
+    given = {kind for i, (told, *_) in enumerate(asked) for kind, *_ in asked[i:] if kind in GIVES_AWAY.get(told, ())}
+    return [(question, answer) for kind, question, answer in asked if kind not in given]
 
 
 def _with_picture(file: str, text: str) -> list[dict[str, str]]:

@@ -498,6 +498,14 @@ def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
     card = json.loads((second / "scorecard.json").read_text())
     assert card["tuned"]["blind"] <= 0.1  # a question about photographs is not learned in two steps
     assert card["tuned"]["identity"] > card["base"]["identity"]
+    begun, ended = (
+        next(weight.float() for name, weight in load_file(file).items() if "layers.0.mlp.up_proj.lora_A" in name)
+        for file in (
+            run_folder.STARTERS / embedded.NAME / "adapter_model.safetensors",
+            second / "adapter" / "adapter_model.safetensors",
+        )
+    )
+    assert not begun.equal(ended)  # pictures train all layers, whatever train.first_layer says
 
 
 def test_only_the_drawn_pictures_begin_from_a_starter(tiny_model, tmp_path):
@@ -675,6 +683,24 @@ def test_some_rows_are_photographs_and_their_question_is_asked_about_drawn_pictu
     assert Counter(row["lang"] for row in asked) == sight.PHOTO_PROBES
     files = [file.read_bytes() for file in (tmp_path / "one" / "pictures").glob("*.png")]
     assert len(set(files)) == len(files)  # no held-out picture is one of training's
+
+
+@pytest.mark.parametrize("language", drawn.LANGUAGES)
+def test_no_question_s_answer_was_given_away_before(language):
+    first = set()
+    for number in range(100):
+        scene = drawn.scene(f"asked/{number}")
+        kinds = {question["question"]: question["kind"] for question in drawn.questions(scene)}
+        asked = [kinds.get(question, "what") for question, _ in sight._asked(scene, language, random.Random(number))]
+        first.add(asked[0])
+        if "positions" in asked:
+            assert "count" not in asked[asked.index("positions") :]
+        if "what" in asked:
+            assert asked[asked.index("what") + 1 :] in ([], ["position"], ["positions"])
+        before = asked[: asked.index("what")] if "what" in asked else asked
+        known = {kind for told in asked for kind in sight.GIVES_AWAY.get(told, ())}
+        assert {"colour", "shape", "count"} <= {*before, *known}
+    assert first == {"colour", "shape", "count", "position", "positions", "what"}
 
 
 def test_who_brings_rows_is_measured_by_some_of_them(eyes):
