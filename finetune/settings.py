@@ -71,7 +71,7 @@ class Vision:
     fetch: bool = False  # whether pictures that a row names by an https address are fetched
     pictures: int = 800  # drawn, where --data names none
     rows: int = 4  # captions, or dialogues, in one step
-    first_layer: int = 0  # instead of train's, as gradients go through all layers on their way to the projector
+    first_layer: int = 0  # instead of train's: gradients go through all layers anyway, on their way to the projector
     steps: int = 200  # of each phase, with drawn pictures
 
 
