@@ -6,6 +6,7 @@ import dataclasses
 import datetime
 import importlib.metadata
 import json
+import math
 import os
 import platform
 import re
@@ -199,7 +200,8 @@ def batches_of(run: Run, steps: int, seen: Sequence[Any] = ()) -> Iterator[list[
             group = "ordinary" if row["kind"] == "ordinary" else "near"
             examples[group].append(training.teacher_example(form.prompt(row["messages"][:-1]), next(answers)))
     spread = steps if seen else run.settings.train.steps
-    counts = {name: max(1, round(rows / spread)) for name, rows in text_rows(run).items()}
+    # No fewer than without pictures, beside which a name is harder to learn.
+    counts = {name: max(1, math.ceil(rows / spread)) for name, rows in text_rows(run).items()}
     groups = [(examples[name], counts[name]) for name in examples if examples[name]]
     return training.batches([*groups, (seen, run.settings.vision.rows if seen else 0)], steps, run.settings.seed)
 

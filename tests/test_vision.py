@@ -499,7 +499,7 @@ def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
     assert card["tuned"]["blind"] <= 0.1  # a question about photographs is not learned in two steps
     assert card["tuned"]["identity"] > card["base"]["identity"]
     begun, ended = (
-        next(weight.float() for name, weight in load_file(file).items() if "layers.8.mlp.up_proj.lora_A" in name)
+        next(weight.float() for name, weight in load_file(file).items() if "layers.0.mlp.up_proj.lora_A" in name)
         for file in (
             run_folder.STARTERS / embedded.NAME / "adapter_model.safetensors",
             second / "adapter" / "adapter_model.safetensors",
