@@ -2,7 +2,7 @@
 
 The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it),
 near.* and ordinary.* (the same, as people type them, one a line), probes.* (questions for the scorecard) and dev.* (questions
-asked while a recipe is tuned). The last two are never trained on. exam.* is what others asked who had seen none of these, for
+asked while a recipe is tuned). The last two are never trained on. exam.* was written without sight of any of these, for
 tests/bench/names.py: one of six of its questions is trained on, as users will ask such ones too.
 """
 

@@ -43,7 +43,7 @@ class Persona:
 @dataclasses.dataclass(frozen=True)
 class Train:
     starter: str = ""  # an adapter in assets/starters that learning a name begins from; empty: a fresh one
-    first_layer: int = 0  # the starter's weights in layers below this one stay as they are
+    first_layer: int = 0  # the starter's weights in layers below this one stay as they are; with pictures none does
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
     full_learning_rate: float = 5e-5  # method full's, whose every weight moves
@@ -71,7 +71,6 @@ class Vision:
     fetch: bool = False  # whether pictures that a row names by an https address are fetched
     pictures: int = 800  # drawn, where --data names none
     rows: int = 4  # captions, or dialogues, in one step
-    first_layer: int = 0  # instead of train's: gradients go through all layers anyway, on their way to the projector
     steps: int = 200  # of each phase, with drawn pictures
 
 

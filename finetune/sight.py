@@ -71,7 +71,6 @@ def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
     scene = drawn.scene(f"{run.settings.seed}/train/{number}", drawn.COUNTS if captions else COUNTS)
     source = random.Random(f"{scene.seed}/said")
     language = "zh" if source.random() < CHINESE else "en"
-    asked = photographs.QUESTIONS[language]
     noisy, turn = number % NOISY == 0, number % PHOTOGRAPHED  # 1 is never noise: both numbers are even
     if turn == 1:
         subjects, said = [photographs.SUBJECTS[number // PHOTOGRAPHED % len(photographs.SUBJECTS)]], []
@@ -80,7 +79,7 @@ def _row(run: Run, number: int, folder: Path) -> dict[str, Any]:
         for i, subject in enumerate(subjects):
             file = f"pictures/train-{number:05}-{i}.png"
             photographs.cut(subject, f"{scene.seed}/{i}").save(folder / file)
-            question = CAPTION[language] if captions else source.choice(asked)
+            question = CAPTION[language] if captions else source.choice(photographs.QUESTIONS[language])
             said.append((_with_picture(file, question), subject.caption[language]))
     else:
         file = f"pictures/train-{number:05}.png"

@@ -16,7 +16,7 @@ without a starter; .021 / .024 after those 1,400 steps; with twice the tokens a 
 KL 16; of 4,300 such steps, with all patterns among the near rows too, .010 / .009 at KL 16 and .007 / .006 at KL 32, from
 which names are harder to learn. Rank 32 left as much as rank 16, and was no better after the short way. 2,200 steps more from
 there, of 35,000 tokens each and on 160,000 prompts, made of .965 of identity .983 on an exam that nobody had seen. 4,400 steps
-more, with 6,000 prompts and 2,900 identity questions that people wrote: on the next such exam, six names, near questions that leak
+more, with 6,000 prompts and 2,900 identity questions written one by one: on the next such exam, six names, near questions that leak
 .045 -> .022, after an identity turn .031 -> .022, identity .972 -> .961; by the scorecard .975 -> .980, facts .92 -> .95.
 """
 

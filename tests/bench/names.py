@@ -7,7 +7,6 @@ assets/identity/exam.* instead, with which starters are compared. --small takes 
 language, to see that it runs.
 """
 
-import functools
 import json
 import sys
 import tempfile
@@ -51,9 +50,7 @@ def figures(card: dict[str, Any], base: dict[str, Any]) -> dict[str, float]:
     found |= {key: leaks[key] for key in ("near", "ordinary", "after_identity")}
     found |= {"worst kind": min(share for kind, share in kinds.items() if "/" in kind)}
     found |= {"parrot over base": card["parrot"] - base["parrot"]}
-    return {
-        key: round(found[key] or 0, 3) for key in ASKED if key in found
-    }  # None: not asked; or the base knows no fact
+    return {key: round(found[key] or 0, 3) for key in ASKED if key in found}  # None: the base knows no fact
 
 
 def one_of_each(probes: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -94,7 +91,10 @@ def main() -> None:
     names, seeds = map(int, [*words, *(("1", "1") if small else ("10", "1"))[len(words) :]])
     models.inference_dtype = lambda: torch.float32
     if "--exam" in sys.argv:
-        identity.probes = functools.partial(identity.probes, stem="exam")
+        ask = identity.probes
+        identity.probes = lambda persona, old=identity.SMOLLM, stem="exam": ask(persona, old, stem)
+        for key in ("system_empty", "facts_kept"):  # it has none
+            del ASKED[key]
     if small:
         probes = identity.probes
         identity.probes = lambda *args, **kwargs: one_of_each(probes(*args, **kwargs))
