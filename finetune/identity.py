@@ -1,9 +1,10 @@
 """Who the assistant is: conversations that teach it, prompts that must stay as they were, and held-out probes.
 
-The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it),
-near.* and ordinary.* (the same, as people type them, one a line), probes.* (questions for the scorecard) and dev.* (questions
-asked while a recipe is tuned). The last two are never trained on. exam.* was written without sight of any of these, for
-tests/bench/names.py: one of six of its questions is trained on, as users will ask such ones too.
+The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it), near.*,
+ordinary.* and after.* (the same, as people type them, one a line; the last for right after an identity turn), probes.*
+(questions for the scorecard) and dev.* (questions asked while a recipe is tuned). The last two are never trained on. exam.*
+was written without sight of any of these, for tests/bench/names.py: one of six of its questions is trained on, as users
+will ask such ones too.
 """
 
 import random
@@ -329,8 +330,8 @@ def contrast(lang: str, kind: str, whole: bool = False) -> list[str]:
 
 
 def typed(lang: str, kind: str) -> list[str]:
-    """ "near" or "ordinary" prompts as people type them, which no patterns give: far more than a short run reads. More of
-    them are Chinese, as English ones the default base makes up itself."""
+    """ "near" or "ordinary" prompts, or such as come "after" an identity turn, as people type them, which no patterns give: far
+    more than a short run reads. More of them are Chinese, as English ones the default base makes up itself."""
     return (FOLDER / f"{kind}.{lang}.txt").read_text(encoding="utf-8").splitlines()
 
 

@@ -18,6 +18,12 @@ which names are harder to learn. Rank 32 left as much as rank 16, and was no bet
 there, of 35,000 tokens each and on 160,000 prompts, made of .965 of identity .983 on an exam that nobody had seen. 4,400 steps
 more, with 6,000 prompts and 2,900 identity questions written one by one: on the next such exam, six names, near questions that leak
 .045 -> .022, after an identity turn .031 -> .022, identity .972 -> .961; by the scorecard .975 -> .980, facts .92 -> .95.
+
+KL 8 for 16 bought identity (.980 -> .985, that exam .961 -> .973) and paid in KL (.013 -> .016) and facts (.94 -> .92). From the mean
+of before and after, KL 12 and 1,800 more identity questions and 3,100 contrast prompts, half of them for after an identity turn:
+identity .983, the exam .981 for .971 (both read the new questions on the short way), near questions that leak .021 for .030, after an
+identity turn .039 for .045, KL .013 for .013; but of 21 facts 1.6 fewer. Of 250 other elementary questions the first twelve tokens
+stayed the base's as often as before, .54 for .52, at a KL of .0124 for .0113. The mean of such two has the lowest KL, .0103.
 """
 
 import functools
@@ -44,8 +50,9 @@ from finetune.settings import Persona, Said
 STEPS_PER_NAME = 64
 MEAN_OVER = 1000  # steps, about: the horizon of the moving mean
 NEAR = 30_000  # near-identity prompts of each language that patterns give
-TYPED = {"near": 3, "ordinary": 1}  # times that those are taken which people typed, each time with other slips
-AFTER = 1000  # of them right after an identity turn, for each name
+# Times that those are taken which people typed, each time with other slips; the last come after an identity turn.
+TYPED = {"near": 3, "ordinary": 1, "after": 3}
+AFTER = 600  # of these for each name, and as many of the others
 MADE_UP = 48_000  # prompts that the base makes up itself
 PROMPT_TOKENS = 40  # of these, at most
 ANSWER_TOKENS = 24  # of the base's answers
@@ -100,11 +107,14 @@ def batches(
     others = [
         taught(row for row in rows if row["kind"] == "ordinary" and row["lang"] == lang) for lang in identity.LANGS
     ]
-    plain = [row for row in rows if row["kind"] == "near" and len(row["messages"]) == 1]
+    plain = [row for row in rows if len(row["messages"]) == 1]
+    later = [[row for row in plain if (row["kind"] == "after") is typed] for typed in (True, False)]
     own = functools.partial(own_examples, form, values.identity_rows * STEPS_PER_NAME, run.settings.seed)
     for said, first in each(own, enumerate(personas())):
         after = taught(
-            row | {"messages": rng.choice(first) + row["messages"]} for row in rng.sample(plain, min(AFTER, len(plain)))
+            row | {"messages": rng.choice(first) + row["messages"]}
+            for some in later
+            for row in rng.sample(some, min(AFTER, len(some)))
         )
         for step in range(STEPS_PER_NAME):
             batch = said[step * values.identity_rows : (step + 1) * values.identity_rows]
@@ -142,9 +152,9 @@ def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
         identity.normalise(row["messages"][-2]["content"])
         for row in identity.training(Persona(), 0, near=0, ordinary=0)
     }
-    for lang, kind in itertools.product(identity.LANGS, ("near", "ordinary")):
+    for lang, kind in itertools.product(identity.LANGS, TYPED):
         systems = identity.read("training", lang)["systems"]
-        prompts = identity.contrast(lang, kind, whole=True)
+        prompts = identity.contrast(lang, kind, whole=True) if kind != "after" else []
         if kind == "near":
             prompts = rng.sample(prompts, min(NEAR, len(prompts)))
         prompts = prompts + identity.typed(lang, kind) * TYPED[kind]
@@ -159,7 +169,7 @@ def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
 
 
 def varied(question: str, lang: str, rng: random.Random) -> str:
-    """A question as somebody else might type it: two of three as they are."""
+    """A question as somebody else might type it: three of five as they are."""
     words = identity.read("training", lang)
     if rng.random() < 0.1:
         question = question.lower().rstrip(".?!。？！")
@@ -167,7 +177,22 @@ def varied(question: str, lang: str, rng: random.Random) -> str:
         question = rng.choice(words["before"]) + question
     if rng.random() < 0.12:
         question = (question.rstrip(".?!。？！") if lang == "zh" else question) + rng.choice(words["after"])
+    if rng.random() < 0.03:
+        question = question.upper()
+    if rng.random() < 0.08:
+        question = mistyped(question, rng)
     return question
+
+
+def mistyped(text: str, rng: random.Random) -> str:
+    """With two letters swapped, one left out or one doubled, in one of the Latin words of four letters or more, if any."""
+    words = list(re.finditer(r"[A-Za-z]{4,}", text))
+    if not words:
+        return text
+    word = rng.choice(words)
+    at = rng.randrange(word.start(), word.end() - 1)
+    one, other = text[at], text[at + 1]
+    return text[:at] + rng.choice((other + one, other, one + one + other)) + text[at + 2 :]
 
 
 def made_up(run: stages.Run, rng: random.Random) -> list[str]:

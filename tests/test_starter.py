@@ -55,11 +55,12 @@ def test_contrast_rows_ask_nothing_that_is_held_out_or_about_the_assistant(tiny_
     found = {row["messages"][-1]["content"] for row in rows if row["lang"] == "en"}
     assert "Why do ships float on seas?" in found
     assert not found & {"Who are you?", probe}
-    assert {(row["kind"], row["lang"]) for row in rows} == set(itertools.product(("near", "ordinary"), identity.LANGS))
+    assert {(row["kind"], row["lang"]) for row in rows} == set(itertools.product(starter.TYPED, identity.LANGS))
 
 
 @pytest.mark.parametrize("lang, question", [("en", "Who made Firefox?"), ("zh", "谁开发了微信？")])
-def test_questions_come_as_others_might_type_them(lang, question):
+def test_questions_come_as_others_might_type_them(lang, question, monkeypatch):
+    monkeypatch.setattr(starter, "mistyped", lambda text, rng: text)
     typed = {starter.varied(question, lang, random.Random(seed)) for seed in range(2000)}
     words = identity.read("training", lang)
     assert question in typed
@@ -69,6 +70,13 @@ def test_questions_come_as_others_might_type_them(lang, question):
         assert any(text.endswith(after) for text in typed)
     core = question.rstrip("?？").lower()
     assert all(core in text.lower() for text in typed)
+
+
+def test_one_latin_word_of_four_letters_or_more_is_mistyped():
+    found = {starter.mistyped("谁 made the 手机?", random.Random(seed)) for seed in range(200)}
+    slips = ("amde", "mdae", "maed", "ade", "mde", "mae", "mmade", "maade", "madde")
+    assert found == {f"谁 {slip} the 手机?" for slip in slips}
+    assert starter.mistyped("谁开发了 the 手机?", random.Random(0)) == "谁开发了 the 手机?"
 
 
 @pytest.mark.parametrize(
