@@ -245,7 +245,7 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
         for group in data[kind]:
             answers = [own["introduction"]] if kind == "self" and own["introduction"] else group["answers"]
             clauses = [_fill(rng.choice(data["wrappers"]), {"{x}": clause}) for clause in group.get("clauses", [])]
-            for question in group["questions"] + clauses:
+            for question in (group["questions"] + clauses) * group.get("times", 1):
                 others.append(others.pop(0))  # all of them come up before one does again
                 about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
                 turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]
