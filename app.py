@@ -46,8 +46,17 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         help="a folder or repo reference, or several by commas, in order (default: the newest run's)",
     )
     parser.add_argument("--adapter", default=env("ADAPTER"), help="an adapter made for that model")
-    parser.add_argument("--host", default=env("GRADIO_SERVER_NAME", "0.0.0.0"))  # noqa: S104
-    parser.add_argument("--port", type=int, default=env("GRADIO_SERVER_PORT") or env("PORT") or 7860)
+    parser.add_argument(
+        "--host",
+        default=env("GRADIO_SERVER_NAME", "0.0.0.0"),  # noqa: S104
+        help="the address to listen on (default: 0.0.0.0, which the whole network reaches; 127.0.0.1 for this machine alone) / 监听地址",
+    )
+    parser.add_argument(
+        "--port",
+        type=int,
+        default=env("GRADIO_SERVER_PORT") or env("PORT") or 7860,
+        help="the port (default: 7860) / 端口",
+    )
     parser.add_argument(
         "--engine", default=env("ENGINE"), help="URL of an OpenAI-compatible server that decodes instead"
     )

@@ -178,7 +178,7 @@ def _fill_folder(folder: Path, files: dict[str, Source], remove: list[str], prog
         for left in staging.iterdir():
             left.unlink()
         staging.rmdir()
-    except (NotADirectoryError, FileExistsError, PermissionError) as error:
+    except (NotADirectoryError, FileExistsError, FileNotFoundError, PermissionError) as error:
         raise UserError(f"The folder {folder} cannot be written: {error.strerror}; choose another.") from error
 
 

@@ -173,6 +173,13 @@ def parse(arguments: list[str] | None) -> argparse.Namespace:
             for flag, its in ONLY.items()
             if getattr(args, flag) and args.stage not in its
         ]
+        if args.stage == "pull":
+            given = [flag for flag, value in vars(args).items() if value != parse.get_default(flag)]
+            wrong += [
+                f"--{flag.replace('_', '-')} does not go with pull, which fetches a reference: leave it out."
+                for flag in given
+                if flag not in ("stage", "base", "verify", *ONLY)
+            ]
     if wrong:
         raise UserError(*wrong)
     args.seed = None if args.seed is None else int(args.seed)

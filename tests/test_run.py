@@ -128,6 +128,13 @@ def test_importing_the_command_line_leaves_the_path_alone():
                 "--what is 'all'; it must be model or adapter or both.",
             ],
         ),
+        (
+            ["pull", "hf:user/name", "--run", "runs/x", "--set", "train.steps=4", "--base", "folder"],
+            [
+                "--run does not go with pull, which fetches a reference: leave it out.",
+                "--set does not go with pull, which fetches a reference: leave it out.",
+            ],
+        ),
         (["train", "--dry-run"], ["--dry-run goes with publish or deploy: leave it out, or name that stage."]),
         (
             ["check", "--verify", "--with-data", "--what", "adapter", "--to", "x"],
