@@ -193,6 +193,11 @@ def add_routes(app: FastAPI, engine: Engine, *, key: str | None, open_to_all: bo
     async def told(_: HttpRequest, error: ApiError) -> JSONResponse:
         return error.response
 
+    @routes.api_route("/{path:path}", methods=["GET", "POST", "PUT", "PATCH", "DELETE"])
+    async def unknown(http: HttpRequest) -> None:
+        message = f"{http.method} {http.url.path} is not here; GET /v1/models and POST /v1/chat/completions are."
+        raise ApiError(404, message, "unknown_url")
+
     app.include_router(routes)
     if origins:
         app.add_middleware(

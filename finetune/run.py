@@ -362,6 +362,10 @@ def open_run(args: argparse.Namespace) -> Run:
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
+    if values.task in ("instruct", "pretrain") and any(text.startswith("train.steps=") for text in args.set):
+        problems.found.append(
+            f"train.steps is not of --task {values.task}: set train.epochs, or train.tokens of a step."
+        )
     named = values.persona.name if values.task in NAMED else values.task
     run = Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:

@@ -225,6 +225,16 @@ def test_what_is_no_request(url):
         assert words in answer.json()["error"]["message"]
 
 
+@pytest.mark.parametrize(
+    "method, path", [("POST", "/v1/completions"), ("GET", "/v1/chat/completions"), ("GET", "/v1/")]
+)
+def test_what_is_not_there_is_said_in_openais_form_too(url, method, path):
+    answer = httpx.request(method, url + path)
+    message = f"{method} {path} is not here; GET /v1/models and POST /v1/chat/completions are."
+    error = {"message": message, "type": "invalid_request_error", "param": None, "code": "unknown_url"}
+    assert (answer.status_code, answer.json()) == (404, {"error": error})
+
+
 def test_the_key(url, engine):
     for key in ("", "wrong", "sesamee"):
         for path in ("/v1/models", "/v1/chat/completions"):
