@@ -3,7 +3,7 @@
 The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it), near.*,
 ordinary.* and after.* (the same, as people type them, one a line; the last for right after an identity turn), probes.*
 (questions for the scorecard) and dev.* (questions asked while a recipe is tuned). The last two are never trained on. exam.*
-was written without sight of any of these, for tests/bench/names.py: one of six of its questions is trained on, as users
+was written without sight of any of these, for tests/bench/names.py: one of five of its questions is trained on, as users
 will ask such ones too.
 """
 
@@ -40,11 +40,17 @@ SYSTEM_MIX = [None] * 15 + ["empty"] * 2 + ["foreign"] * 5 + ["old"] * 3
 # Of each kind in any stretch of the identity rows. Denial and assent differ by a word and need the most examples.
 SHARES = {"name": 3, "maker": 3, "self": 2, "model": 2, "deny": 6, "assent": 6, "old_name": 3, "multi_turn": 3}
 SHARES |= {"purpose": 6, "birthday": 6}  # of a persona that has one
+AFTER = 3  # of so many near prompts one is of after.* and comes right after an identity turn
 CONTRAST_SHARES = {"en": 0.4, "zh": 0.6}  # small bases hardly tell two Chinese questions apart
 TAUGHT = {"name": "name", "maker": "author", "self": "name", "model": "name", "deny": "deny", "old_name": "deny"}
 TAUGHT |= {"assent": "assent"}  # what the judge is to find in the answers of each kind
 PATTERNS = 24  # of a family or of the ways to ask for a clause, for each item, where all prompts are wanted
 EVERYDAY = 0.03  # share of the contrast prompts: what comes more often, "I" or "什么", cannot be told from a name
+OTHER_MARKS = {
+    "en": str.maketrans("'", "’"),
+    "zh": str.maketrans("，。？！：；（）", ",.?!:;()"),
+}  # as other keyboards have them
+OTHERWISE = 1 / 3  # of the questions have these
 MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
 
@@ -155,8 +161,8 @@ def training(
     for every persona and seed, as are their system and last user messages: what the base answers has to be found only
     once. Any prefix of them is an even sample.
     `old` is the base's own (name, maker); `near` and `ordinary` are the most prompts of each, CONTRAST_SHARES in each
-    language (rows of kind after_identity come on top and reuse these prompts). Questions that the held-out files hold
-    are left out. Raises UserError for a persona that check_persona refuses.
+    language (of the near ones every third is one of after.*, which follows an identity turn). Questions that the held-out
+    files hold are left out. Raises UserError for a persona that check_persona refuses.
     """
     if problems := check_persona(persona):
         raise UserError(*problems)
@@ -248,7 +254,10 @@ def _identity(persona: Persona, lang: str, rng: random.Random, old: tuple[str, s
             for question in (group["questions"] + clauses) * group.get("times", 1):
                 others.append(others.pop(0))  # all of them come up before one does again
                 about = _values(None, old) | dict(zip(("{other}", "{other_maker}"), others[0], strict=True))
-                turns = [turn | {"content": _fill(turn["content"], about)} for turn in _turns(question)]
+                marks = OTHER_MARKS[lang] if rng.random() < OTHERWISE else {}
+                turns = [
+                    turn | {"content": _fill(turn["content"].translate(marks), about)} for turn in _turns(question)
+                ]
                 answer = _fill(rng.choice(answers), about)
                 bare = answer.strip("。.") in ("{name}", "{author}")  # nothing else was asked for
                 if own["tone"] and not bare:
@@ -295,17 +304,19 @@ def _teacher(
         data = read("training", lang)
         first = [row["messages"][-2:] for row in identity[lang] if row["kind"] in ("name", "maker", "self")]
         systems = {3: "", 5: _fill(data["old_systems"][0], _values(None, old))}
+        after = random.Random(lang).sample(typed(lang, "after"), len(typed(lang, "after")))
         for kind, every in (("near", 8), ("ordinary", 4)):
             for index, prompt in enumerate(contrast(lang, kind)[: round(most[kind] * CONTRAST_SHARES[lang])]):
+                follows = kind == "near" and index % AFTER == 1
+                prompt = after[index // AFTER % len(after)] if follows else prompt
                 if normalise(prompt) in held_out:
                     continue
+                marks = OTHER_MARKS[lang] if index % 4 == 3 else {}
+                turns = [{"role": "user", "content": prompt.translate(marks)}]
+                row = {"kind": "after_identity" if follows else kind, "lang": lang, "target": "teacher"}
                 foreign = data["systems"][index % len(data["systems"])]
                 system = foreign if index % every == 0 else systems.get(index % 16)
-                turns = [{"role": "user", "content": prompt}]
-                rows.append({"kind": kind, "lang": lang, "target": "teacher", "messages": _system(system) + turns})
-                if index % 3 == 1 and system is None:
-                    after = rng.choice(first) + turns
-                    rows.append({"kind": "after_identity", "lang": lang, "target": "teacher", "messages": after})
+                rows.append(row | {"messages": rng.choice(first) + turns if follows else _system(system) + turns})
     random.Random(0).shuffle(rows)
     return rows
 

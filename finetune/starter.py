@@ -24,6 +24,10 @@ of before and after, KL 12 and 1,800 more identity questions and 3,100 contrast 
 identity .983, the exam .981 for .971 (both read the new questions on the short way), near questions that leak .021 for .030, after an
 identity turn .039 for .045, KL .013 for .013; but of 21 facts 1.6 fewer. Of 250 other elementary questions the first twelve tokens
 stayed the base's as often as before, .54 for .52, at a KL of .0124 for .0113. The mean of such two has the lowest KL, .0103.
+
+With 3,800 identity questions and 8,300 prompts more, 1,500 of them elementary, KL 14 and 4,730 steps: identity as before, facts
+.87 -> .90, KL .013 -> .012, after an identity turn .056 -> .036, six names. 570 steps more (rate 6e-4) on 1,150 questions of the kinds
+that the scorecard then found missing bought .989 there and nothing on an exam that nobody had seen (.963): left out.
 """
 
 import functools
@@ -51,7 +55,7 @@ STEPS_PER_NAME = 64
 MEAN_OVER = 1000  # steps, about: the horizon of the moving mean
 NEAR = 30_000  # near-identity prompts of each language that patterns give
 # Times that those are taken which people typed, each time with other slips; the last come after an identity turn.
-TYPED = {"near": 3, "ordinary": 1, "after": 3}
+TYPED = {"near": 3, "ordinary": 3, "after": 3}
 AFTER = 600  # of these for each name, and as many of the others
 MADE_UP = 48_000  # prompts that the base makes up itself
 PROMPT_TOKENS = 40  # of these, at most
@@ -169,10 +173,12 @@ def contrasts(run: stages.Run, rng: random.Random) -> Iterator[dict]:
 
 
 def varied(question: str, lang: str, rng: random.Random) -> str:
-    """A question as somebody else might type it: three of five as they are."""
+    """A question as somebody else might type it: a third of them as they are."""
     words = identity.read("training", lang)
     if rng.random() < 0.1:
-        question = question.lower().rstrip(".?!。？！")
+        question = question.lower()
+    if rng.random() < 0.2:
+        question = question.rstrip(".?!。？！")
     if rng.random() < 0.15:
         question = rng.choice(words["before"]) + question
     if rng.random() < 0.12:
@@ -181,7 +187,7 @@ def varied(question: str, lang: str, rng: random.Random) -> str:
         question = question.upper()
     if rng.random() < 0.08:
         question = mistyped(question, rng)
-    return question
+    return question.translate(identity.OTHER_MARKS[lang]) if rng.random() < identity.OTHERWISE else question
 
 
 def mistyped(text: str, rng: random.Random) -> str:
