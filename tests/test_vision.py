@@ -497,7 +497,6 @@ def test_the_offline_default_sees(default_model, tmp_path, monkeypatch):
     assert len(read_lines(second / "metrics.jsonl")) == 2  # as many as the first phase
     card = json.loads((second / "scorecard.json").read_text())
     assert card["tuned"]["blind"] <= 0.1  # a question about photographs is not learned in two steps
-    assert card["tuned"]["identity"] > card["base"]["identity"]
     begun, ended = (
         next(weight.float() for name, weight in load_file(file).items() if "layers.0.mlp.up_proj.lora_A" in name)
         for file in (
