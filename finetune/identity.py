@@ -46,11 +46,9 @@ TAUGHT = {"name": "name", "maker": "author", "self": "name", "model": "name", "d
 TAUGHT |= {"assent": "assent"}  # what the judge is to find in the answers of each kind
 PATTERNS = 24  # of a family or of the ways to ask for a clause, for each item, where all prompts are wanted
 EVERYDAY = 0.03  # share of the contrast prompts: what comes more often, "I" or "什么", cannot be told from a name
-OTHER_MARKS = {
-    "en": str.maketrans("'", "’"),
-    "zh": str.maketrans("，。？！：；（）", ",.?!:;()"),
-}  # as other keyboards have them
-OTHERWISE = 1 / 3  # of the questions have these
+# As other keyboards have them: a third of the questions about itself, and every fourth contrast prompt.
+OTHER_MARKS = {"en": str.maketrans("'", "’"), "zh": str.maketrans("，。？！：；（）", ",.?!:;()")}
+OTHERWISE = 1 / 3
 MULTI_TURN = 1 / 8  # identity rows whose question comes after other turns, to those that come first
 
 
@@ -304,7 +302,8 @@ def _teacher(
         data = read("training", lang)
         first = [row["messages"][-2:] for row in identity[lang] if row["kind"] in ("name", "maker", "self")]
         systems = {3: "", 5: _fill(data["old_systems"][0], _values(None, old))}
-        after = random.Random(lang).sample(typed(lang, "after"), len(typed(lang, "after")))
+        after = typed(lang, "after")
+        after = random.Random(lang).sample(after, len(after))
         for kind, every in (("near", 8), ("ordinary", 4)):
             for index, prompt in enumerate(contrast(lang, kind)[: round(most[kind] * CONTRAST_SHARES[lang])]):
                 follows = kind == "near" and index % AFTER == 1

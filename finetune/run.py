@@ -362,7 +362,7 @@ def open_run(args: argparse.Namespace) -> Run:
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    if values.task in ("instruct", "pretrain") and any(text.startswith("train.steps=") for text in args.set):
+    if values.task in ("instruct", "pretrain") and any(re.match(r"\s*train\.steps\s*=", text) for text in args.set):
         problems.found.append(
             f"train.steps is not of --task {values.task}: set train.epochs, or train.tokens of a step."
         )

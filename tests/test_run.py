@@ -522,11 +522,11 @@ def test_what_a_killed_start_left_and_hidden_files_are_in_nobodys_way(start, wor
     assert (status, lines[-1]) == (0, "check: nothing stands in the way. / 检查通过。")
 
 
-@pytest.mark.parametrize("task", ["instruct", "pretrain"])
-def test_steps_of_another_task_are_not_left_out_in_silence(start, world, tiny_model, task):
+@pytest.mark.parametrize("task, given", [("instruct", "train.steps=5"), ("pretrain", "train.steps = 5")])
+def test_steps_of_another_task_are_not_left_out_in_silence(start, world, tiny_model, task, given):
     (world / "d.jsonl").write_text("")
     words = f"error: train.steps is not of --task {task}: set train.epochs, or train.tokens of a step."
-    status, lines = start("--task", task, "--data", "d.jsonl", "--base", tiny_model, "--set", "train.steps=5")
+    status, lines = start("--task", task, "--data", "d.jsonl", "--base", tiny_model, "--set", given)
     assert status == 2
     assert words in lines
 
