@@ -3,7 +3,7 @@
 The phrasings lie in assets/identity/: training.* (what it says about itself), contrast.* (what is not about it), near.*,
 ordinary.* and after.* (the same, as people type them, one a line; the last for right after an identity turn), probes.*
 (questions for the scorecard) and dev.* (questions asked while a recipe is tuned). The last two are never trained on. exam.*
-was written without sight of any of these, for tests/bench/names.py: one of five of its questions is trained on, as users
+was written without sight of any of these, for tests/bench/names.py: one of four of its questions is trained on, as users
 will ask such ones too.
 """
 
@@ -300,7 +300,7 @@ def _teacher(
     rows = []
     for lang in LANGS:
         data = read("training", lang)
-        first = [row["messages"][-2:] for row in identity[lang] if row["kind"] in ("name", "maker", "self")]
+        first = [row["messages"][-2:] for row in identity[lang] if row["kind"] != "multi_turn"]
         systems = {3: "", 5: _fill(data["old_systems"][0], _values(None, old))}
         after = typed(lang, "after")
         after = random.Random(lang).sample(after, len(after))

@@ -43,7 +43,7 @@ class Persona:
 @dataclasses.dataclass(frozen=True)
 class Train:
     starter: str = ""  # an adapter in assets/starters that learning a name begins from; empty: a fresh one
-    first_layer: int = 0  # the starter's weights in layers below this one stay as they are; with pictures none does
+    first_layer: int = 0  # the starter's weights in layers below this one stay as they are; not with your own pictures
     rank: int = 16  # of the LoRA adapter; alpha is twice the rank
     learning_rate: float = 5e-4
     full_learning_rate: float = 5e-5  # method full's, whose every weight moves

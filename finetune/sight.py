@@ -226,8 +226,18 @@ def steps(run: Run) -> int:
 
 def projector_rate(run: Run) -> float:
     """The projector's learning rate, in both phases less where the first one began from the starter's."""
-    first, rate = run.before or run, run.settings.train.projector_rate
-    return rate if first.projector == first.settings.vision.projector else TAUGHT * rate
+    return run.settings.train.projector_rate * (TAUGHT if taught(run) else 1)
+
+
+def first_layer(run: Run) -> int:
+    """The first of the language model's layers whose adapters train: the starter's tells the program's own pictures already."""
+    return run.settings.train.first_layer if taught(run) and not run.settings.data else 0
+
+
+def taught(run: Run) -> bool:
+    """Whether the run's first phase began from the starter's projector."""
+    first = run.before or run
+    return first.projector != first.settings.vision.projector
 
 
 def examples(run: Run, model: Any) -> list[Any]:

@@ -130,8 +130,8 @@ def train(run: Run) -> None:
     with contextlib.ExitStack() as files:
         if run.settings.task in sight.TASKS:
             own = {"steps": sight.steps(run), "projector_rate": sight.projector_rate(run)}
-            own["first_layer"] = 0  # gradients go through all layers anyway, on their way to the projector
-            values, batches = dataclasses.replace(values, **own), None  # pictures are encoded first
+            values = dataclasses.replace(values, **own, first_layer=sight.first_layer(run))
+            batches = None  # pictures are encoded first
         elif run.named:
             batches = batches_of(run, values.steps)
         else:

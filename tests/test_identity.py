@@ -164,6 +164,16 @@ def test_teacher_rows_hold_the_persona_only_in_the_turns_before():
             assert all(PLAIN.name in answer or PLAIN.author in answer for answer in before)
 
 
+def test_what_is_not_about_it_follows_identity_turns_of_every_kind():
+    """After "Yes, I'm Tess." too an answer must not begin with the same words."""
+    follows = [row["messages"][-3:-1] for row in rows_of(PLAIN, 0) if row["kind"] == "after_identity"]
+    said = [row for row in rows_of(PLAIN, 0) if row["target"] == "answer"]
+    kinds = {kind: {row["messages"][-1]["content"] for row in said if row["kind"] == kind} for kind in SHARES}
+    for kind in ("name", "maker", "deny", "assent"):
+        others = set().union(*(answers for other, answers in kinds.items() if other not in (kind, "multi_turn")))
+        assert any(answer["content"] in kinds[kind] - others for _, answer in follows), kind
+
+
 @pytest.mark.parametrize("persona", PERSONAS, **BY_NAME)
 def test_training_never_asks_what_a_probe_asks(persona):
     def asked(messages):
