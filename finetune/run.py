@@ -33,6 +33,11 @@ STAGES = (*stages.STAGES, "publish", "pull", "deploy")
 FLAGS = ("base", "method", "task", "seed", "data", "skip_bad")  # which are settings of the same name
 NAMED = (None, "identity", "vision")  # tasks whose model learns a name; identity where none is said
 FIRST = (None, "check", "data", "compare")  # what a new run begins with; other stages need one that is there
+OF_NAMES = ("steps", "identity_rows", "near_rows", "ordinary_rows", "kl_weight", "develop_every")
+NOT_OF = {  # settings in [train] of which a task takes no notice, and those that it has instead
+    "identity": (("epochs", "tokens"), "train.steps, or train.identity_rows of a step"),
+    **dict.fromkeys(("instruct", "pretrain"), (OF_NAMES, "train.epochs, or train.tokens of a step")),
+}
 ONLY = {  # flags that are not for all stages: whose they are
     **dict.fromkeys(("to", "force", "dry_run"), ("publish", "deploy")),
     **dict.fromkeys(("what", "with_data"), ("publish",)),
@@ -362,10 +367,10 @@ def open_run(args: argparse.Namespace) -> Run:
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    if values.task in ("instruct", "pretrain") and any(re.match(r"\s*train\.steps\s*=", text) for text in args.set):
-        problems.found.append(
-            f"train.steps is not of --task {values.task}: set train.epochs, or train.tokens of a step."
-        )
+    foreign, own = NOT_OF.get(values.task, ((), ""))
+    for text in args.set:
+        if (key := re.match(r"\s*train\.(\w+)\s*=", text)) and key[1] in foreign:
+            problems.found.append(f"train.{key[1]} is not of --task {values.task}: set {own}.")
     named = values.persona.name if values.task in NAMED else values.task
     run = Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:

@@ -522,13 +522,20 @@ def test_what_a_killed_start_left_and_hidden_files_are_in_nobodys_way(start, wor
     assert (status, lines[-1]) == (0, "check: nothing stands in the way. / 检查通过。")
 
 
-@pytest.mark.parametrize("task, given", [("instruct", "train.steps=5"), ("pretrain", "train.steps = 5")])
-def test_steps_of_another_task_are_not_left_out_in_silence(start, world, tiny_model, task, given):
+@pytest.mark.parametrize(
+    "task, given, key, own",
+    [
+        ("instruct", "train.steps=5", "steps", "train.epochs, or train.tokens of a step"),
+        ("pretrain", " train.kl_weight = 5", "kl_weight", "train.epochs, or train.tokens of a step"),
+        ("identity", "train.epochs=5", "epochs", "train.steps, or train.identity_rows of a step"),
+    ],
+)
+def test_settings_of_another_task_are_not_left_out_in_silence(start, world, tiny_model, task, given, key, own):
     (world / "d.jsonl").write_text("")
-    words = f"error: train.steps is not of --task {task}: set train.epochs, or train.tokens of a step."
-    status, lines = start("--task", task, "--data", "d.jsonl", "--base", tiny_model, "--set", given)
+    data = () if task == "identity" else ("--data", "d.jsonl")
+    status, lines = start("--task", task, *data, *PERSONA, "--base", tiny_model, "--set", given)
     assert status == 2
-    assert words in lines
+    assert f"error: train.{key} is not of --task {task}: set {own}." in lines
 
 
 def test_another_models_scorecard_is_not_left_in_a_run(start, world):
