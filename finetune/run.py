@@ -88,6 +88,10 @@ def chain(runs: list[argparse.Namespace]) -> int:
             "A chain of tasks does every stage: leave the stage out, or name it with one task and its --run."
         )
     last, refused = runs[-1], []
+    shared = set.intersection(*(set(args.set) for args in runs))
+    shared -= {text for text in shared if all(foreign(args.task, text) for args in runs)}
+    for args in runs:  # what is for all is for those that take notice of it
+        args.set = [text for text in args.set if text not in shared or not foreign(args.task, text)]
     if last.task in NAMED:
         ask_persona(last)
     folder = last.run or RUNS / folder_name(last.name if last.task in NAMED else last.task)
@@ -367,10 +371,8 @@ def open_run(args: argparse.Namespace) -> Run:
             layers.append(settings.parse_assignment(assignment))
     values, wrong = settings.collect(*layers)
     problems.found += wrong
-    foreign, own = NOT_OF.get(values.task, ((), ""))
-    for text in args.set:
-        if (key := re.match(r"\s*train\.(\w+)\s*=", text)) and key[1] in foreign:
-            problems.found.append(f"train.{key[1]} is not of --task {values.task}: set {own}.")
+    for key in filter(None, (foreign(values.task, text) for text in args.set)):
+        problems.found.append(f"train.{key} is not of --task {values.task}: set {NOT_OF[values.task][1]}.")
     named = values.persona.name if values.task in NAMED else values.task
     run = Run(args.run or RUNS / folder_name(named), values)
     if problems.found and args.stage in FIRST:
@@ -388,6 +390,12 @@ def open_run(args: argparse.Namespace) -> Run:
                 f"overwrites another: give this one its own folder, for example with --run {run.folder}-2."
             )
     return run
+
+
+def foreign(task: str, assignment: str) -> str:
+    """Which setting in [train] it sets, if the task takes no notice of that one."""
+    key = re.match(r"\s*train\.(\w+)\s*=", assignment)
+    return key[1] if key and key[1] in NOT_OF.get(task, ((), ""))[0] else ""
 
 
 def phase_one(base: str) -> dict[str, Any]:

@@ -538,6 +538,14 @@ def test_settings_of_another_task_are_not_left_out_in_silence(start, world, tiny
     assert f"error: train.{key} is not of --task {task}: set {own}." in lines
 
 
+def test_a_setting_for_a_whole_chain_is_refused_where_it_is_of_none_of_its_tasks(start, world, tiny_model):
+    (world / "d.jsonl").write_text("")
+    tasks = ("--task", "pretrain", "--data", "d.jsonl", "--task", "instruct", "--data", "d.jsonl", "--base", tiny_model)
+    status, lines = start("--set", "train.steps=5", *tasks)
+    assert status == 2
+    assert "error: train.steps is not of --task pretrain: set train.epochs, or train.tokens of a step." in lines
+
+
 def test_another_models_scorecard_is_not_left_in_a_run(start, world):
     make_run(world / "r", "data")
     assert start("evaluate", "--model", "m", *PERSONA, "--run", "r") == (
