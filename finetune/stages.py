@@ -129,8 +129,12 @@ def train(run: Run) -> None:
     ask = (lambda model: develop(run, model)) if run.settings.task == "identity" else None
     with contextlib.ExitStack() as files:
         if run.settings.task in sight.TASKS:
-            own = {"steps": sight.steps(run), "projector_rate": sight.projector_rate(run)}
-            values = dataclasses.replace(values, **own, first_layer=sight.first_layer(run))
+            values = dataclasses.replace(
+                values,
+                steps=sight.steps(run),
+                projector_rate=sight.projector_rate(run),
+                first_layer=sight.first_layer(run),
+            )
             batches = None  # pictures are encoded first
         elif run.named:
             batches = batches_of(run, values.steps)
